@@ -1,0 +1,251 @@
+"""The Python API, and the one place where teacher, roles, data, objective and trainer are joined."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fewstep import checkpoint
+from fewstep.adapters import Teacher, load_teacher
+from fewstep.config import ATTENTION, Config, differences, parse
+from fewstep.config import load as load_config
+from fewstep.data import default_cache, open_source
+from fewstep.denoiser import Cond, Guided
+from fewstep.networks import Role, build, set_weights
+from fewstep.objectives import Nets
+from fewstep.sampling import STEPS, Predictor, sample
+from fewstep.stream import rows
+from fewstep.trainer import Job, fit, make_accelerator
+
+# What may change when a run goes on: how long it is and how often it reports.
+RESUMABLE = ("train.rounds", "train.log_every", "train.save_every", "train.preview_every")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A config brought to life: its teacher with guidance, its roles, and how its student will be deployed."""
+
+    config: Config
+    teacher: Teacher
+    roles: dict[str, Role]
+    sampler: str
+    grid: tuple[float, ...]
+
+    @property
+    def guidance(self) -> float:
+        wanted = self.config.teacher.guidance
+        return self.teacher.family.default_guidance if wanted is None else wanted
+
+    @cached_property
+    def guided(self) -> Guided:
+        return Guided(self.teacher.denoiser(self.roles["teacher"]), self.guidance, self.teacher.null())
+
+    def nets(self, modules: Mapping[str, nn.Module]) -> Nets:
+        """The players as the objective sees them."""
+        device = next(self.roles["teacher"].net.parameters()).device
+        make = self.teacher.denoiser
+        teacher = Guided(make(modules["teacher"]), self.guidance, self.guided.null.to(device))
+        critic = make(modules["critic"]) if "critic" in modules else None
+        return Nets(make(modules["student"]), teacher, self.grid, STEPS[self.sampler], critic)
+
+    def steps(self) -> tuple[int, ...]:
+        """The step counts a student is looked at: 1, 2, 4, and its own."""
+        return tuple(sorted({1, 2, 4, self.config.objective.steps}))
+
+
+def open_study(config: Config) -> Study:
+    """Loads the teacher and makes the roles. Raises ValueError for what cannot work, before any training."""
+    teacher = load_teacher(config.teacher.path)
+    objective, family = config.objective, teacher.family
+    sampler = objective.sampler or next(iter(family.samplers))
+    grid = teacher.grid(objective.steps, sampler)
+    wanted = {"student": config.student.kind()}
+    if "critic" in objective.needs.roles:
+        wanted["critic"] = config.critic.kind()
+    backend = ATTENTION[config.train.attention]
+    if backend != "native":
+        try:
+            teacher.net.set_attention_backend(backend)
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise ValueError(f"train.attention: {config.train.attention} does not work here ({error}); sdpa always does") from error
+    roles = build(
+        teacher.net,
+        wanted,
+        lora_targets=family.lora_targets,
+        dtype=getattr(torch, config.train.dtype),
+        checkpointing=config.train.checkpointing,
+        seed=config.train.seed,
+    )
+    return Study(config, teacher, roles, sampler, grid)
+
+
+@torch.no_grad()
+def generate(
+    teacher: Teacher, denoiser: Predictor, cond: Cond, times: Sequence[float], sampler: str, *, seed: int, batch: int = 64, bar: str = ""
+) -> np.ndarray:
+    """Pictures uint8 (n, h, w, 3) of n conditions; picture i depends on (seed, i) alone, not on the batch."""
+    device = str(next(teacher.net.parameters()).device)
+    parts = []
+    for start in tqdm(range(0, len(cond), batch), desc=bar, disable=not bar, leave=False):
+        part = cond[start : start + batch].to(device)
+        noise = rows(seed, start, start + len(part), device)
+        x = noise.normal((len(part), *teacher.latent_shape))
+        parts.append(teacher.to_images(sample(denoiser, x, times, part, step=STEPS[sampler], rng=noise)))
+    return np.concatenate(parts)
+
+
+def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
+    """Trains a config into a run folder. Raises ValueError where the folder holds another run, or resume would change it."""
+    stored = folder / "config.yaml"
+    if stored.exists() and not resume:
+        raise ValueError(f"{folder} already holds a run; add --resume to go on with it, or name another folder with --out")
+    if folder.exists() and any(folder.iterdir()) and not stored.exists():
+        raise ValueError(f"{folder} holds other files and no run; name an empty folder with --out")
+    if resume:
+        if not stored.exists():
+            raise ValueError(f"there is no run at {folder} to resume; leave --resume away to start one")
+        changed = differences(load_config(stored), config, RESUMABLE)
+        if changed:
+            raise ValueError(f"the run at {folder} was made with another {changed[0]}; resume with its own config.yaml, or start anew elsewhere")
+    accelerator = make_accelerator(config.train)
+    study = open_study(config)
+    source = open_source(
+        study.teacher,
+        prompts=config.data.prompts,
+        images=config.data.images,
+        images_needed=config.objective.needs.images,
+        cache=default_cache(),
+        progress=True,
+    )
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        stored.write_text(config.dump())
+    identity = {"grid": list(study.grid), "sampler": study.sampler}
+    preview = Preview(study, source.prompts, folder / "grids")
+    fit(Job(config.objective, study.roles, study.nets, source, config.train, folder, identity, preview), resume=resume, accelerator=accelerator)
+    return Run(folder)
+
+
+class Preview:
+    """Grids of the same prompts and seeds through a run: the teacher's row, then the student at 1, 2 and 4 steps."""
+
+    def __init__(self, study: Study, prompts: list[str], folder: Path, n: int = 8) -> None:
+        self.study, self.folder = study, folder
+        self.prompts = prompts[:n]
+        self.top: np.ndarray | None = None
+
+    def __call__(self, done: int, weights: Mapping[str, Tensor]) -> None:
+        from PIL import Image
+
+        study, teacher = self.study, self.study.teacher
+        cond = teacher.encode(self.prompts)
+        if self.top is None:
+            sampler = "ddim"
+            self.top = generate(teacher, study.guided, cond, teacher.grid(50, sampler), sampler, seed=0)
+        lines = [self.top]
+        with swapped(study.roles["student"], weights):
+            student = teacher.denoiser(study.roles["student"])
+            for n in study.steps():
+                lines.append(generate(teacher, student, cond, teacher.grid(n, study.sampler), study.sampler, seed=0))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        page = np.concatenate([np.concatenate(list(line), 1) for line in lines], 0)
+        Image.fromarray(page).save(self.folder / f"round-{done:07d}.png")
+
+
+class swapped:
+    """Runs a block with other weights in a role, and puts its own back."""
+
+    def __init__(self, role: Role, weights: Mapping[str, Tensor]) -> None:
+        self.role, self.weights = role, weights
+
+    def __enter__(self) -> None:
+        self.own = {k: p.detach().clone() for k, p in self.role.weights().items()}
+        set_weights(self.role, self.weights)
+
+    def __exit__(self, *error: object) -> None:
+        set_weights(self.role, self.own)
+
+
+class Run:
+    """A finished (or interrupted) run folder: what can be drawn, exported and judged from it."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "config.yaml").exists():
+            raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
+        self.config = load_config(self.folder / "config.yaml")
+
+    @cached_property
+    def place(self) -> Path:
+        """The newest checkpoint."""
+        found = checkpoint.latest(self.folder / "checkpoints")
+        if found is None:
+            raise ValueError(f"the run at {self.folder} has no checkpoint yet; `fewstep train ... --resume` goes on with it")
+        return found
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The student's averaged weights."""
+        return checkpoint.load(self.place)[0]["ema"]
+
+    @cached_property
+    def study(self) -> Study:
+        study = open_study(self.config)
+        set_weights(study.roles["student"], self.weights)
+        return study
+
+    def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
+        """The student's pictures uint8 (n, h, w, 3)."""
+        study = self.study
+        times = study.teacher.grid(steps or self.config.objective.steps, study.sampler)
+        student = study.teacher.denoiser(study.roles["student"])
+        return generate(study.teacher, student, study.teacher.encode(prompts), times, study.sampler, seed=seed, bar=bar)
+
+    def sample_teacher(self, prompts: Sequence[str], steps: int = 50, seed: int = 0, bar: str = "") -> np.ndarray:
+        """The guided teacher's pictures from the same noise."""
+        study = self.study
+        times = study.teacher.grid(steps, "ddim")
+        return generate(study.teacher, study.guided, study.teacher.encode(prompts), times, "ddim", seed=seed, bar=bar)
+
+    def export(self, to: Path | str, *, form: str | None = None, layout: str = "diffusers") -> Path:
+        """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
+        from fewstep.export import export
+
+        record: dict[str, Any] = {"config": json.loads(json.dumps(self.config.model_dump(mode="json"))), "round": int(self.place.name.split("-")[1])}
+        results = self.folder / "results.json"
+        if results.exists():
+            record["results"] = json.loads(results.read_text())
+        # A fresh teacher: the study's network carries the adapters.
+        teacher = load_teacher(self.config.teacher.path)
+        return export(
+            teacher,
+            self.config.student.kind(),
+            self.weights,
+            sampler=self.study.sampler,
+            steps=self.config.objective.steps,
+            to=Path(to),
+            form=form,
+            layout=layout,
+            record=record,
+        )
+
+
+def distill(*, teacher: str, objective: str | Mapping[str, Any], data: str, steps: int = 4, out: str = "runs/distilled", **settings: Any) -> Run:
+    """Distils a teacher in one call. `data` is a source of prompts, or of images where the objective needs them; `settings` are
+    further parts of a config (student=..., critic=..., train=...)."""
+    from fewstep.objectives import objectives
+
+    chosen = {"name": objective} if isinstance(objective, str) else dict(objective)
+    kind = objectives().get(chosen["name"])
+    source = "images" if kind is not None and kind.needs.images else "prompts"
+    tree = {"teacher": {"path": teacher}, "objective": {"steps": steps, **chosen}, "data": {source: data}, **settings}
+    return train(parse(tree), Path(out))

@@ -1,0 +1,123 @@
+"""The model card of an export: what it is, the lines that run it, the noise levels it was trained at, how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+
+from fewstep.adapters import Teacher, teacher_folder
+from fewstep.schedules import RectifiedFlow
+
+COMFY = {"renoise": "lcm", "ddim": "euler"}  # ComfyUI's names of our samplers
+LICENSE = ("license", "license_name", "license_link")
+
+
+def write(teacher: Teacher, facts: dict[str, Any], name: str) -> str:
+    """README.md of the export `facts` (fewstep.json) describes, in a folder called `name`."""
+    parts = [
+        f"---\n{_front(teacher, facts).to_yaml()}\n---",
+        f"# {name}",
+        _summary(facts),
+        f"## Use it\n\n```python\n{snippet(facts, name)}```\n\n{_hints(facts)}",
+        f"## Noise levels\n\n{_levels(teacher, facts)}",
+        _table((facts["record"].get("results") or {}).get("rows") or []),
+        f"## How it was made\n\n```yaml\n{_made(facts)}```",
+    ]
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def _front(teacher: Teacher, facts: dict[str, Any]) -> ModelCardData:
+    lora = facts["form"] == "lora"
+    objective = (facts["record"].get("config") or {}).get("objective") or {}
+    kind = "text-to-image" if teacher.family.text else "unconditional-image-generation"
+    tags = [kind, "diffusers", *(["lora"] if lora else []), "few-step", "distillation"]
+    if "name" in objective:
+        tags.append(str(objective["name"]))
+    extra: dict[str, Any] = _license(teacher)
+    if teacher_folder(teacher.path) is None:
+        extra |= {"base_model": teacher.path, "base_model_relation": "adapter" if lora else "finetune"}
+    return ModelCardData(library_name="diffusers", pipeline_tag=kind, tags=tags, **extra)
+
+
+def _license(teacher: Teacher) -> dict[str, str]:
+    """The teacher's own licence fields; nothing where its card states none."""
+    folder = teacher_folder(teacher.path)
+    try:
+        file = folder / "README.md" if folder else Path(hf_hub_download(teacher.path, "README.md"))
+        data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError):  # no card, or none that can be read
+        return {}
+    return {k: data[k] for k in LICENSE if data.get(k)}
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    made = {"lora": "LoRA on", "full": "distilled copy of"}[facts["form"]]
+    steps = facts["steps"]
+    return (
+        f"A few-step {made} `{facts['teacher']['path']}` (`{facts['base_pipeline']}`), trained for {steps} "
+        f"step{'s' * (steps > 1)} with the sampler `{facts['sampler']}` by fewstep {facts['fewstep']}."
+    )
+
+
+def snippet(facts: dict[str, Any], name: str) -> str:
+    """Lines that run this very export with stock Diffusers, from the folder above it."""
+    call = ", ".join(f"{k}={v!r}" for k, v in facts["call"].items())
+    prompt = '"a small red circle on a white background", ' if "guidance_scale" in facts["call"] else ""
+    run = f'image = pipe({prompt}{call}, generator=torch.manual_seed(0)).images[0]\nimage.save("image.png")\n'
+    place = f"folder = {name!r}  # where this folder lies, or its hub id\n"
+    if facts["form"] == "full":
+        head = "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        return f"{head}{place}pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)\n{run}"
+    scheduler = facts["scheduler"]
+    base = teacher_folder(facts["teacher"]["path"]) or facts["teacher"]["path"]
+    return (
+        f"import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n{place}"
+        f"pipe = DiffusionPipeline.from_pretrained({str(base)!r}, torch_dtype=torch.float32)\n"
+        f"pipe.load_lora_weights(folder, weight_name={facts['lora']['file']!r})\n"
+        f'pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")\n{run}'
+    )
+
+
+def _hints(facts: dict[str, Any]) -> str:
+    lines = ["The scheduler saved here gives the trained times; with another one, or with guidance, the pictures are worse."]
+    if "guidance_scale" in facts["call"]:
+        lines.append(f"`guidance_scale={facts['call']['guidance_scale']!r}` is no guidance: the student needs none.")
+    if facts["form"] == "lora":
+        lines.append("The LoRA's alpha equals its rank: strength 1.0 is right in every reader.")
+    lines.append("`fewstep verify` on this folder proves all of it in a fresh process.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _levels(teacher: Teacher, facts: dict[str, Any]) -> str:
+    """The times the network sees and the sigmas to paste where only those can be given (ComfyUI's ManualSigmas)."""
+    flow = isinstance(teacher.schedule, RectifiedFlow)
+    rows = ["| steps | times the network sees | sigmas |", "| --- | --- | --- |"]
+    for n, times in facts["times"].items():
+        t = teacher.schedule.t_of_model_time(torch.tensor(times, dtype=torch.float64))
+        alpha, sigma = teacher.schedule.alpha_sigma(t)
+        sigmas = [*(sigma if flow else sigma / alpha).tolist(), 0.0]
+        rows.append(f"| {n} | {', '.join(f'{v:.6g}' for v in times)} | {', '.join(f'{v:.6g}' for v in sigmas)} |")
+    comfy = COMFY.get(facts["sampler"], facts["sampler"])
+    return "\n".join(rows) + f"\n\nIn ComfyUI: sampler `{comfy}` with these sigmas (`ManualSigmas`), cfg 1."
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Measured rows as a table; numbers to four digits."""
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)  # noqa: E731
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(show(row.get(c)) for c in columns) + " |" for row in rows]
+    return "## Measured\n\n" + "\n".join(lines)
+
+
+def _made(facts: dict[str, Any]) -> str:
+    kept = {k: facts[k] for k in ("fewstep", "git", "teacher", "form", "sampler", "steps")}
+    record = {k: v for k, v in facts["record"].items() if k != "results"}
+    return yaml.safe_dump(json.loads(json.dumps({**kept, **record})), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,180 @@
+"""The `fewstep` command. Every heavy import is inside the command that needs it, so --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="fewstep",
+    help="Distils a multi-step diffusion or flow model into a generator that needs 1 to 4 steps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in train.rounds=100.")]
+
+
+def say(data: Any, as_json: bool, lines: list[str]) -> None:
+    """One answer, for people or for scripts."""
+    typer.echo(json.dumps(data, indent=2) if as_json else "\n".join(lines))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, each line with a fix where something is missing."""
+    from fewstep.doctor import examine
+
+    found = examine()
+    width = max(len(c.name) for c in found)
+    lines = [f"{'ok ' if c.ok else '-- '} {c.name:<{width}}  {c.value}" + (f"  ({c.fix})" if c.fix else "") for c in found]
+    say([c.__dict__ for c in found], as_json, lines)
+
+
+@app.command("list")
+def list_(what: Annotated[str, typer.Argument(help="objectives, teachers or configs")] = "objectives", as_json: Json = False) -> None:
+    """The objectives, teachers or configs there are."""
+    from fewstep.listing import listing
+
+    entries = listing(what)
+    width = max((len(e["name"]) for e in entries), default=0)
+    say(entries, as_json, [f"{e['name']:<{width}}  {e['about']}" for e in entries])
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo")) -> None:
+    """Offline, on a CPU, in minutes: distils the embedded teacher, exports, verifies, evaluates and writes report.html."""
+    from fewstep.demo import run
+
+    run(out)
+
+
+@app.command()
+def plan(config: Path, set_: Set = None, as_json: Json = False) -> None:
+    """Validates a config; shows its deployed grid, roles, parameters, memory and disk. Loads no weights."""
+    from fewstep.config import load
+    from fewstep.plan import plan as make
+
+    found = make(load(config, set_ or ()))
+    say(found, as_json, [f"{k:<24} {v if not isinstance(v, dict) else json.dumps(v)}" for k, v in found.items()])
+
+
+@app.command()
+def train(
+    config: Path,
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+) -> None:
+    """Trains a config."""
+    from fewstep import api
+    from fewstep.config import load
+
+    folder = out or Path("runs") / config.stem
+    try:
+        run = api.train(load(config, set_ or ()), folder, resume=resume)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; to go on: fewstep train {config} --out {folder} --resume")
+        raise typer.Exit(130) from None
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"trained: {run.place}\nnext: fewstep sample {folder} --prompt '...' | fewstep export {folder} --to OUT | fewstep eval {folder} --protocol sprites")
+
+
+@app.command()
+def sample(
+    target: Path,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts (.txt, .jsonl, .csv) or zoo:sprites.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Step counts; the trained one if not given.")] = None,
+    compare_teacher: Annotated[bool, typer.Option("--compare-teacher", help="Draw the teacher's pictures beside them.")] = False,
+    seed: int = 0,
+    count: Annotated[int | None, typer.Option(help="At most so many prompts of the file.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+) -> None:
+    """Draws pictures with a run's student: a folder of PNGs with a manifest, and one grid."""
+    from fewstep.drawing import draw
+
+    where = draw(target, list(prompt or ()), prompts, steps or [], compare_teacher, seed, count, out)
+    typer.echo(f"pictures: {where}")
+
+
+@app.command()
+def export(
+    run: Path,
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    weights: Annotated[str | None, typer.Option(help="lora or full; what the student is, if not given.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="diffusers or kohya.")] = "diffusers",
+) -> None:
+    """Writes what stock Diffusers or ComfyUI loads: a LoRA or a full pipeline, its scheduler, a model card."""
+    from fewstep.api import Run
+
+    place = Run(run).export(to, form=weights, layout=format_)
+    typer.echo(f"exported: {place}\nnext: fewstep verify {place}")
+
+
+@app.command()
+def verify(folder: Path, as_json: Json = False) -> None:
+    """Proves in a fresh process without fewstep that stock Diffusers runs an export as it was trained."""
+    from fewstep.verify import verify as prove
+
+    report = prove(folder)
+    lines = [f"{'ok ' if c.ok else 'NOT'} {c.name}: {c.detail}" for c in report.checks]
+    say({"ok": report.ok, "checks": [c.__dict__ for c in report.checks]}, as_json, lines)
+    if not report.ok:
+        raise typer.Exit(2)
+
+
+@app.command("eval")
+def eval_(
+    target: Path,
+    protocol: Annotated[str, typer.Option(help="The name of a protocol in eval/protocols, or a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file; results.json in the target if not given.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Student step counts; 1, 2, 4 and the trained one if not given.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the teacher again instead of reading its card.")] = False,
+    teacher: Annotated[bool, typer.Option(help="Rows of the teacher beside the student's.")] = True,
+) -> None:
+    """Scores a run, an export, a pipeline folder or a folder of images; writes results.json."""
+    from fewstep.judging import evaluate, table
+
+    results, where = evaluate(target, protocol, out=out, steps=steps or [], fresh=fresh, teacher=teacher)
+    typer.echo(table(results) + f"\nwritten: {where}")
+
+
+@app.command()
+def report(runs: list[Path], out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html")) -> None:
+    """One self-contained page: curves, grids, metric table, quality against steps."""
+    from fewstep.judging import report_runs
+
+    typer.echo(f"written: {report_runs(runs, out)}")
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is one sentence and exit code 2, ours a traceback and 1."""
+    if "-h" in sys.argv[1:]:
+        sys.argv[sys.argv.index("-h")] = "--help"
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        click_error = type(error).__module__.startswith(("click", "typer"))
+        if click_error and hasattr(error, "format_message"):
+            print(f"fewstep: {error.format_message()}", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(error, ValueError | FileNotFoundError | PermissionError) and not os.environ.get("FEWSTEP_TRACEBACK"):
+            print(f"fewstep: {error}", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A run as one strict YAML file: every key is known, every default is written out in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_serializer, field_validator
+
+from fewstep.networks import Full, Lora
+from fewstep.objectives import Objective, objectives
+from fewstep.trainer import Settings
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherConfig(_Strict):
+    """path: zoo:NAME, a Diffusers folder or a hub id. guidance: scale u + g (c - u), 1 is none; None: the family's default."""
+
+    path: str
+    guidance: float | None = None
+
+
+class WeightsConfig(_Strict):
+    """How a role is trained: adapters on the shared frozen base, or a full copy."""
+
+    weights: Literal["lora", "full"] = "lora"
+    rank: int = 32
+    alpha: float | None = None
+
+    def kind(self) -> Full | Lora:
+        return Full() if self.weights == "full" else Lora(self.rank, self.alpha)
+
+
+class DataConfig(_Strict):
+    """Exactly one of: prompts (zoo:sprites or a .txt, .jsonl, .csv file), images (zoo:sprites or a folder with captions)."""
+
+    prompts: str | None = None
+    images: str | None = None
+
+
+class Config(_Strict):
+    """A whole run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    teacher: TeacherConfig
+    student: WeightsConfig = WeightsConfig()
+    critic: WeightsConfig = WeightsConfig()
+    objective: Any
+    data: DataConfig
+    train: Settings = Settings()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective(cls, value: Any) -> Objective:
+        if isinstance(value, Objective):
+            return value
+        kind = objectives()[value["name"]]
+        return TypeAdapter(kind).validate_python({k: v for k, v in value.items() if k != "name"})
+
+    @field_serializer("objective")
+    def _fields(self, value: Objective) -> dict[str, Any]:
+        return {"name": name_of(value), **dataclasses.asdict(value)}  # type: ignore[call-overload]
+
+    def dump(self) -> str:
+        """The complete YAML, defaults written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def name_of(objective: Objective) -> str:
+    """The registered name of an objective."""
+    return next(name for name, kind in objectives().items() if type(objective) is kind)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file with `a.b=c` overrides. Raises ValueError, in a sentence, for whatever is wrong with it."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"there is no config at {file}; `fewstep list configs` names those that ship")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} holds no settings; configs/ has complete examples")
+    for text in overrides:
+        override(tree, text)
+    return parse(tree)
+
+
+def override(tree: dict[str, Any], text: str) -> None:
+    """Applies one `a.b=value` to a tree; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set wants KEY=VALUE, as in --set train.rounds=100, not {text!r}")
+    *path, leaf = key.strip().split(".")
+    for name in path:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--set {text}: {name} holds a value, not further settings")
+    tree[leaf] = yaml.safe_load(value)
+
+
+def parse(tree: Mapping[str, Any]) -> Config:
+    """A config from plain data. Raises ValueError naming the first unknown, missing or wrong setting and a remedy."""
+    check_keys(tree, Config.model_fields, "")
+    for part, kind in (("teacher", TeacherConfig), ("student", WeightsConfig), ("critic", WeightsConfig), ("data", DataConfig)):
+        check_keys(tree.get(part, {}), kind.model_fields, part)
+    check_keys(tree.get("train", {}), [f.name for f in dataclasses.fields(Settings)], "train")
+    chosen = tree.get("objective")
+    known = objectives()
+    if not isinstance(chosen, Mapping) or "name" not in chosen:
+        raise ValueError(f"objective needs a name, one of: {', '.join(known)}")
+    if chosen["name"] not in known:
+        raise ValueError(f"objective.name: {chosen['name']!r} is not known{_hint(str(chosen['name']), known)}; there are: {', '.join(known)}")
+    check_keys(chosen, ["name", *(f.name for f in dataclasses.fields(known[chosen["name"]]))], "objective")  # type: ignore[arg-type]
+    try:
+        config = Config.model_validate(dict(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(x) for x in first["loc"])
+        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+    if (config.data.prompts is None) == (config.data.images is None):
+        raise ValueError("data needs exactly one of prompts and images, as in data: {prompts: zoo:sprites}")
+    return config
+
+
+def check_keys(tree: Any, known: Any, where: str) -> None:
+    """Raises ValueError for a key that is not known, with the nearest known one."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{where or 'the config'} must hold settings, not {tree!r}")
+    for key in tree:
+        if key not in known:
+            raise ValueError(f"{where + '.' if where else ''}{key}: unknown option{_hint(str(key), known)}; known: {', '.join(known)}")
+
+
+def _hint(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def differences(old: Config, new: Config, free: Sequence[str] = ()) -> list[str]:
+    """Dotted names of settings in which two configs differ, but for the `free` ones."""
+    a, b = (_flat(c.model_dump(mode="json")) for c in (old, new))
+    return sorted(k for k in {*a, *b} if a.get(k) != b.get(k) and k not in free)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+
+
+ATTENTION = {"sdpa": "native", "xformers": "xformers", "flash": "flash"}

@@ -1,0 +1,44 @@
+"""`fewstep demo`: the main job on the embedded teacher, from nothing to a report, offline on a CPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import typer
+
+from fewstep import api
+from fewstep.config import parse
+from fewstep.judging import evaluate, report_runs, table
+from fewstep.verify import verify
+
+# Sized for two CPU cores and eight minutes.
+CONFIG = {
+    "teacher": {"path": "zoo:sprites-sd", "guidance": 3.0},
+    "student": {"weights": "full"},
+    "critic": {"weights": "full"},
+    "objective": {"name": "dmd", "steps": 4},
+    "data": {"prompts": "zoo:sprites"},
+    "train": {"rounds": 120, "batch": 32, "lr": 2.0e-4, "critic_lr": 4.0e-4, "save_every": 60, "preview_every": 60},
+}
+
+
+def run(out: Path) -> None:
+    """Distils, exports, verifies, evaluates and reports into `out`; goes on where an earlier demo was stopped."""
+    began = time.time()
+    folder = out / "run"
+    config = parse(CONFIG)
+    typer.echo(f"1/4 distilling {config.teacher.path} with {config.objective.steps}-step dmd on this CPU")
+    done = api.train(config, folder, resume=(folder / "config.yaml").exists())
+    typer.echo("2/4 scoring teacher and student")
+    found, _ = evaluate(folder, "sprites-quick", out=out / "results.json", steps=[1, 2, 4], fresh=False, teacher=True)
+    (folder / "results.json").write_text((out / "results.json").read_text())
+    typer.echo(table(found))
+    typer.echo("3/4 exporting for stock Diffusers, and proving it in a fresh process")
+    export = done.export(out / "export")
+    proof = verify(export)
+    if not proof.ok:
+        raise RuntimeError(f"the export does not verify: {proof}")
+    typer.echo("4/4 writing the report")
+    page = report_runs([folder], out / "report.html")
+    typer.echo(f"done in {time.time() - began:.0f} s\n  report   {page}\n  numbers  {out / 'results.json'}\n  export   {export}")

@@ -1,0 +1,155 @@
+"""Every network as one call: (x_t, t, cond) -> Prediction, whatever it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.schedules import NoiseSchedule, like
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a network is conditioned on: named tensors that share a leading batch axis. An empty one has no length."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: Tensor | slice) -> Cond:
+        return Cond({k: v[index] for k, v in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> Cond:
+        return Cond({k: v.to(device, non_blocking=True) for k, v in self.tensors.items()})
+
+    def expand(self, n: int) -> Cond:
+        """A single condition (leading axis 1) for n samples, without copying."""
+        return Cond({k: v.expand(n, *v.shape[1:]) for k, v in self.tensors.items()})
+
+
+def cat(conds: Sequence[Cond]) -> Cond:
+    """Conditions one after the other along the batch axis."""
+    return Cond({k: torch.cat([c.tensors[k] for c in conds]) for k in conds[0].tensors})
+
+
+# What networks are trained to output, as (A, B) in out = A x0 + B eps at a given (alpha, sigma).
+TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "epsilon": lambda a, s: (torch.zeros_like(a), torch.ones_like(a)),
+    "sample": lambda a, s: (torch.ones_like(a), torch.zeros_like(a)),
+    "v_prediction": lambda a, s: (-s, a),
+    "flow": lambda a, s: (-torch.ones_like(a), torch.ones_like(a)),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's opinion of x_t, float32: alpha x0 + sigma eps == x_t. `alpha`, `sigma` are (B, 1, ...)."""
+
+    x0: Tensor
+    eps: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    @property
+    def velocity(self) -> Tensor:
+        """dx/dt of the straight path, eps - x0 (flow matching's target)."""
+        return self.eps - self.x0
+
+    @property
+    def v(self) -> Tensor:
+        """alpha eps - sigma x0 (Salimans and Ho 2022, appendix D; meant for alpha^2 + sigma^2 = 1)."""
+        return self.alpha * self.eps - self.sigma * self.x0
+
+    @property
+    def score(self) -> Tensor:
+        """grad log p(x_t) = -eps / sigma, for sigma > 0."""
+        return -self.eps / self.sigma
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network, what it was trained on, what it predicts, and how its family is called.
+
+    net: any callable, usually a role of `networks`. target: a key of TARGETS.
+    call: (net, x (B, C, *S), time (B,), cond) -> raw output (B, C, *S); the adapters hold one a family.
+    dtype: what the network is fed; None leaves x_t as it comes.
+    """
+
+    net: Callable[..., object]
+    schedule: NoiseSchedule
+    target: str
+    call: Callable[[Callable[..., object], Tensor, Tensor, Cond], Tensor]
+    dtype: torch.dtype | None = None
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """The prediction at x_t (B, C, *S) and t (B,) in (0, 1], float64 on the CPU.
+
+        Raises ValueError where x_t does not determine x0 and eps: t = 0 for a network that predicts x0, zero SNR for one that
+        predicts eps."""
+        coefficients = self.solve(t)
+        time = self.schedule.model_time(t).to(device=x_t.device, dtype=torch.float32, non_blocking=True)
+        out = self.call(self.net, x_t if self.dtype is None else x_t.to(self.dtype), time, cond)
+        return complete(x_t, out, coefficients)
+
+    def solve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(alpha, sigma, A, B) at t, checked to determine a prediction."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        a, b = TARGETS[self.target](alpha, sigma)
+        if bool(((a * sigma - b * alpha).abs() < 1e-9).any()):
+            where = float(t[(a * sigma - b * alpha).abs() < 1e-9][0])
+            raise ValueError(
+                f"a network that predicts {self.target!r} says nothing of x0 and noise at t = {where:g}; keep that time out of the grid"
+            )
+        return alpha, sigma, a, b
+
+    def aim(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should output for a known (x0, eps): its native regression target."""
+        a, b = TARGETS[self.target](*self.schedule.alpha_sigma(t))
+        return like(a, x0) * x0 + like(b, x0) * eps
+
+    def native(self, prediction: Prediction, t: Tensor) -> Tensor:
+        """The network's own output, recovered from its prediction: pairs with `aim`."""
+        return self.aim(prediction.x0, prediction.eps, t)
+
+
+def complete(x_t: Tensor, out: Tensor, coefficients: tuple[Tensor, Tensor, Tensor, Tensor]) -> Prediction:
+    """Solves A x0 + B eps = out, alpha x0 + sigma eps = x_t for (x0, eps), in float32 (or float64 where x_t is)."""
+    x = x_t if x_t.dtype == torch.float64 else x_t.float()
+    alpha, sigma, a, b = coefficients
+    det = a * sigma - b * alpha
+    out = out.to(x.dtype)
+    x0 = like(sigma / det, x) * out - like(b / det, x) * x
+    eps = like(a / det, x) * x - like(alpha / det, x) * out
+    return Prediction(x0, eps, like(alpha, x), like(sigma, x))
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Classifier-free guidance as a wrapper: u + scale (c - u), both halves in one batch. Scale 1 is no guidance.
+
+    null: the condition (leading axis 1) that the teacher's own pipeline uses for "no prompt"."""
+
+    denoiser: Denoiser
+    scale: float
+    null: Cond
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    def both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
+        """(conditional, unconditional) predictions from one call of the network."""
+        n = len(x_t)
+        joint = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cat([cond, self.null.expand(n)]))
+        parts = [torch.split(v, n) for v in (joint.x0, joint.eps, joint.alpha, joint.sigma)]
+        return Prediction(*(p[0] for p in parts)), Prediction(*(p[1] for p in parts))
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        if self.scale == 1:
+            return self.denoiser(x_t, t, cond)
+        c, u = self.both(x_t, t, cond)
+        return Prediction(torch.lerp(u.x0, c.x0, self.scale), torch.lerp(u.eps, c.eps, self.scale), c.alpha, c.sigma)

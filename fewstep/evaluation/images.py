@@ -1,0 +1,147 @@
+"""Image folders (PNG files and manifest.jsonl) in and out, and the one conversion to uint8."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+MANIFEST = "manifest.jsonl"
+_LOSSY = {".jpg", ".jpeg", ".webp"}
+_SUFFIXES = {".png"} | _LOSSY
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a folder holds: images (N, H, W, 3) uint8 in file order; prompts and seeds (N,), or None without a manifest."""
+
+    images: np.ndarray
+    files: list[str]
+    prompts: list[str] | None
+    seeds: list[int] | None
+
+
+def to_uint8(x: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Floats of any shape, [-1, 1], as uint8 of that shape, rounded to the nearest level and clamped.
+
+    Raises ValueError for NaN or infinity: a picture that is not a number is an event, not a black pixel.
+    """
+    values = x.detach().to("cpu", torch.float32).numpy() if isinstance(x, torch.Tensor) else np.asarray(x, np.float32)
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise ValueError(
+            f"{bad} of {values.size} pixel values are NaN or infinite; look at the sampler before judging its images"
+        )
+    return np.clip(np.floor(values * 127.5 + 128), 0, 255).astype(np.uint8)
+
+
+def check(images: np.ndarray) -> None:
+    """Raises ValueError unless `images` is a non-empty uint8 array (N, H, W, 3) that uses the range 0 to 255."""
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise ValueError(f"images must be a uint8 numpy array, not {kind}; convert floats in [-1, 1] with images.to_uint8")
+    if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise ValueError(f"images must have the shape (N, H, W, 3), not {images.shape}; move the channels last")
+    if images.max() == 1:
+        raise ValueError("no pixel exceeds 1: images in [0, 1] were cast to uint8; multiply them by 255 and round first")
+
+
+def digests(images: np.ndarray) -> np.ndarray:
+    """One 64-bit content hash (N,) uint64 an image of (N, H, W, 3) uint8."""
+    raw = (hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest() for image in images)
+    return np.frombuffer(b"".join(raw), "<u8")
+
+
+def read_image(file: Path) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 of one file; grey is repeated to three channels, an opaque alpha dropped, EXIF rotation ignored.
+
+    Raises ValueError for transparency and for more than eight bits a channel.
+    """
+    with Image.open(file) as picture:
+        if picture.mode == "P":
+            picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+        if picture.mode in ("RGBA", "LA"):
+            if np.asarray(picture)[..., -1].min() < 255:
+                raise ValueError(f"{file} is transparent; composite it on a background of your choice and save it as RGB")
+            picture = picture.convert("RGB")
+        if picture.mode not in ("RGB", "L", "1"):
+            raise ValueError(f"{file} has the mode {picture.mode!r}; save it as 8-bit RGB")
+        return np.asarray(picture.convert("RGB"))
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files of a folder, sorted by name; warns about lossy ones, raises ValueError if there are none."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {folder}; give a folder of PNG files")
+    files = sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no images; expected PNG files")
+    lossy = [f.name for f in files if f.suffix.lower() in _LOSSY]
+    if lossy:
+        warnings.warn(
+            f"{len(lossy)} files of {folder} are lossy ({lossy[0]}): compression alone moves every score; save PNG", stacklevel=2
+        )
+    return files
+
+
+def stream(folder: str | Path, batch: int = 256) -> Iterator[np.ndarray]:
+    """Batches (<=batch, H, W, 3) uint8 of a folder in file order. Raises ValueError on mixed sizes."""
+    files, shape = list_images(folder), None
+    for start in range(0, len(files), batch):
+        pictures = []
+        for file in files[start : start + batch]:
+            pixels = read_image(file)
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
+                raise ValueError(
+                    f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, {files[0].name} {shape[1]}x{shape[0]}; resize them alike"
+                )
+            pictures.append(pixels)
+        yield np.stack(pictures)
+
+
+def load_folder(folder: str | Path) -> ImageFolder:
+    """A folder of images with its manifest, paired by file name. Raises ValueError if the manifest misses a file."""
+    files = [f.name for f in list_images(folder)]
+    manifest = Path(folder) / MANIFEST
+    prompts = seeds = None
+    if manifest.exists():
+        records = {}
+        for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                record = json.loads(line)
+                records[record["file"]] = (str(record["prompt"]), int(record["seed"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{manifest}, line {number}: expected {{file, prompt, seed}}, got {line[:80]!r}") from error
+        missing = [f for f in files if f not in records]
+        if missing:
+            raise ValueError(f"{manifest} says nothing of {missing[0]} ({len(missing)} files in all); write the manifest anew")
+        absent = sorted(set(records) - set(files))
+        if absent:
+            raise ValueError(f"{manifest} lists {absent[0]}, which is gone ({len(absent)} files in all); sample the folder again")
+        prompts, seeds = [records[f][0] for f in files], [records[f][1] for f in files]
+    return ImageFolder(np.concatenate(list(stream(folder))), files, prompts, seeds)
+
+
+def save_folder(
+    folder: str | Path, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], *, start: int = 0
+) -> list[Path]:
+    """Writes (N, H, W, 3) uint8 as lossless PNG files numbered from `start`, and their manifest lines; returns the files."""
+    check(images)
+    if not len(images) == len(prompts) == len(seeds):
+        raise ValueError(f"{len(images)} images, {len(prompts)} prompts and {len(seeds)} seeds; give one of each an image")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{start + i:06d}.png" for i in range(len(images))]
+    with (folder / MANIFEST).open("a" if start else "w", encoding="utf-8") as manifest:
+        for file, image, prompt, seed in zip(files, images, prompts, seeds, strict=True):
+            Image.fromarray(image).save(file)
+            manifest.write(json.dumps({"file": file.name, "prompt": prompt, "seed": int(seed)}, ensure_ascii=False) + "\n")
+    return files

@@ -1,0 +1,129 @@
+"""results.json: rows of numbers, the protocol that gave them, and where they were measured (design.md, section 6)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What must agree before two rows may stand in one table.
+_SAME = ("hash", "extractor_id", "clip_id", "reference_sha256", "prompts_sha256")
+
+
+def environment() -> dict[str, Any]:
+    """python, torch, diffusers, cpu, gpu, cores, threads, git_commit (None outside a checkout; "+" if changed), date (UTC)."""
+    try:
+        diffusers = importlib.metadata.version("diffusers")
+    except importlib.metadata.PackageNotFoundError:
+        diffusers = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers,
+        "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "git_commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def new(rows: Sequence[dict], protocol: dict) -> dict[str, Any]:
+    """Results of rows measured here and now; `protocol` is what `protocol.describe` gave. Raises ValueError as `write` does."""
+    results = {"rows": list(rows), "protocol": dict(protocol), "environment": environment()}
+    _check(results, "these results")
+    return results
+
+
+def write(path: str | Path, results: dict) -> None:
+    """Writes results.json so that a kill at any instant leaves the old file or the new one, whole.
+
+    Raises ValueError for a row without model or steps, a number that is not finite, or a protocol without hash.
+    """
+    path = Path(path)
+    _check(results, str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(results, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What `write` wrote. Raises ValueError for a file that is not of that form."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no results file: {error}") from error
+    _check(results, str(path))
+    return results
+
+
+def merge(first: dict, *others: dict) -> dict[str, Any]:
+    """The rows of all, once each, under the first's protocol and environment.
+
+    Raises ValueError if another protocol, extractor, CLIP model, reference or set of prompts made some of them.
+    """
+    rows = list(first["rows"])
+    for other in others:
+        for key in _SAME:
+            a, b = first["protocol"].get(key), other["protocol"].get(key)
+            if a != b:
+                raise ValueError(
+                    f"rows measured under {key} {a} and under {b} do not compare; judge both with one protocol"
+                    f" ({first['protocol'].get('name')!r}, {other['protocol'].get('name')!r})"
+                )
+        rows += [row for row in other["rows"] if row not in rows]
+    return {"rows": rows, "protocol": first["protocol"], "environment": first["environment"]}
+
+
+def _check(results: Any, where: str) -> None:
+    if not isinstance(results, dict) or set(results) != {"rows", "protocol", "environment"}:
+        raise ValueError(f"{where}: results hold rows, protocol and environment, and nothing else")
+    if not isinstance(results["protocol"], dict) or not results["protocol"].get("hash"):
+        raise ValueError(f"{where}: the protocol has no hash; take the entry from fewstep.evaluation.protocol.describe")
+    for number, row in enumerate(results["rows"]):
+        if row.get("model") not in ("teacher", "student") or not isinstance(row.get("steps"), int):
+            raise ValueError(f"{where}, row {number}: model must be teacher or student and steps a whole number, not {row}")
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{where}, row {number}: {key} is {value}; leave out what could not be measured")
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        run = [subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10) for args in _GIT]
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if any(r.returncode for r in run):
+        return None
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+# The last fails where this file only lies in somebody else's checkout, as in a virtual environment.
+_GIT = (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"), ("ls-files", "--error-unmatch", "results.py"))

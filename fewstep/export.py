@@ -1,0 +1,256 @@
+"""Export: a finished student as files that stock Diffusers (and ComfyUI) load, with what `verify` needs to prove it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fewstep import __version__, card, loraformat, proof
+from fewstep.adapters import Teacher, load_teacher, teacher_folder
+from fewstep.networks import Full, Lora, Role, build, set_weights
+from fewstep.sampling import STEPS, sample
+
+FACTS, REFERENCE = "fewstep.json", "reference.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+COUNTS = (1, 2, 4)  # what every export documents and proves, besides the count it was trained for
+PROMPTS = ("a small red circle left of a large blue square on a grey background", "a large green triangle on a white background")
+SEED = 0
+
+
+def export(
+    teacher: Teacher,
+    kind: Full | Lora,
+    weights: Mapping[str, Tensor],
+    *,
+    sampler: str,
+    steps: int,
+    to: Path,
+    form: str | None = None,
+    layout: str = "diffusers",
+    record: dict[str, Any],
+) -> Path:
+    """Writes the student `weights` (named as Role.weights() does) to the folder `to`, whole or not at all, and returns it.
+
+    form: "lora", "full" (a LoRA is merged), or None for the student's own where the family can load it. layout: a LoRA's key
+    names, "diffusers" or "kohya". record: how it was made, JSON-able, {"config": {...}, "results": {"rows": [...]}, ...}: the card names the
+    objective and shows the rows.
+    Raises ValueError if `to` holds something else, or the family, form, layout and sampler do not go together."""
+    to = Path(to).absolute()
+    form = _form(teacher, kind, form, layout)
+    names = loraformat.naming(layout, teacher.family.component) if form == "lora" else None
+    _restore(to)
+    refuse_foreign(to)
+    teacher = _pristine(teacher)
+    times = {n: teacher.grid(n, sampler) for n in sorted({*COUNTS, steps})}
+    student, scheduler = _student(teacher, kind, weights), teacher.scheduler(sampler)
+    part = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        folded = loraformat.fold(weights, kind.scale) if isinstance(kind, Lora) else {}
+        if names is not None:
+            _write_lora(teacher, folded, names, layout, part)
+            scheduler.save_pretrained(part / "scheduler")
+            deployed = teacher.pipe
+        else:
+            deployed = _deployed(teacher, student, folded, scheduler)
+            deployed.save_pretrained(part, safe_serialization=True)
+        facts = _facts(teacher, deployed, scheduler, form=form, sampler=sampler, steps=steps, times=times, record=record)
+        if names is not None:
+            facts["lora"] = {"file": LORA_FILE, "layout": layout, "rank": loraformat.rank(folded), "naming": asdict(names)}
+        (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        _write_reference(teacher, student, sampler, times, part / REFERENCE)
+        (part / "README.md").write_text(card.write(teacher, facts, to.name), "utf-8")
+        _swap(part, to)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return to
+
+
+def refuse_foreign(to: Path) -> None:
+    """Raises ValueError if a folder holds anything but an earlier export."""
+    if to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / FACTS).exists())):
+        raise ValueError(f"{to} holds something that is not a fewstep export; choose another folder, nothing was changed")
+
+
+def _form(teacher: Teacher, kind: Full | Lora, form: str | None, layout: str) -> str:
+    pipeline = type(teacher.pipe).__name__
+    if form is None:
+        form = "lora" if isinstance(kind, Lora) and teacher.family.lora_loader else "full"
+    if form not in ("lora", "full"):
+        raise ValueError(f"an export is 'lora' or 'full', not {form!r}")
+    if form == "lora" and isinstance(kind, Full):
+        raise ValueError("this student was trained as full weights and has no LoRA; export it with form='full'")
+    if form == "lora" and not teacher.family.lora_loader:
+        raise ValueError(f"{pipeline} cannot load a LoRA; export it with form='full', which merges the adapter into the network")
+    if form == "full" and layout != "diffusers":
+        raise ValueError(
+            f"the layout {layout!r} names a LoRA's keys, a full export has none; leave the layout away or take form='lora'"
+        )
+    return form
+
+
+def _pristine(teacher: Teacher) -> Teacher:
+    """The teacher as its folder has it: float32 on the CPU and without adapters, loaded again if training changed it."""
+    parts = [part for part in teacher.pipe.components.values() if isinstance(part, nn.Module)]
+    tensors = (p for part in parts for p in part.parameters())
+    changed = any(p.dtype != torch.float32 or p.device.type != "cpu" for p in tensors)
+    return load_teacher(teacher.path) if changed or any(isinstance(m, BaseTunerLayer) for m in teacher.net.modules()) else teacher
+
+
+def _student(teacher: Teacher, kind: Full | Lora, weights: Mapping[str, Tensor]) -> Role:
+    """The student as training had it, adapter unfolded and unmerged, on a copy of the teacher's network."""
+    net = copy.deepcopy(teacher.net)
+    if isinstance(kind, Full):
+        role = Role("student", net, owns=True, dtype=torch.float32)
+    else:
+        role = build(net, {"student": kind}, lora_targets=loraformat.modules(weights))["student"]
+    set_weights(role, weights)
+    return role
+
+
+def _write_lora(teacher: Teacher, folded: dict[str, Tensor], names: loraformat.Naming, layout: str, to: Path) -> None:
+    """One file of alpha == rank. The Diffusers layout goes through the pipeline's own writer, with adapter metadata."""
+    if layout != "diffusers":  # stock readers refuse these names together with adapter metadata: the alphas say it
+        save_file(loraformat.spell(folded, names), to / LORA_FILE, metadata={"format": "pt"})
+        return
+    component, r = teacher.family.component, loraformat.rank(folded)
+    metadata = LoraConfig(r=r, lora_alpha=r, target_modules=loraformat.modules(folded)).to_dict()
+    metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+    layers = {f"{component}_lora_layers": folded, f"{component}_lora_adapter_metadata": metadata}
+    type(teacher.pipe).save_lora_weights(to, **layers)
+
+
+def _deployed(teacher: Teacher, student: Role, folded: dict[str, Tensor], scheduler: Any) -> Any:
+    """The teacher's pipeline around the student's network and the student's scheduler."""
+    net = student.net
+    if folded:
+        net = copy.deepcopy(teacher.net)
+        net.load_state_dict(loraformat.merge(net.state_dict(), folded))
+    if not teacher.family.text:  # DDPMPipeline calls its scheduler in a way only DDPM's own understands
+        return diffusers.DDIMPipeline(unet=net, scheduler=scheduler)
+    pipe = copy.copy(teacher.pipe)
+    pipe.register_modules(**{teacher.family.component: net, "scheduler": scheduler})
+    return pipe
+
+
+def _facts(
+    teacher: Teacher,
+    deployed: Any,
+    scheduler: Any,
+    *,
+    form: str,
+    sampler: str,
+    steps: int,
+    times: dict[int, tuple[float, ...]],
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    family = teacher.family
+    call: dict[str, Any] = {"num_inference_steps": steps}
+    if family.text:
+        call["guidance_scale"] = family.guidance(1.0)
+    if family.sized:
+        call["height"], call["width"] = teacher.resolution
+    folder = teacher_folder(teacher.path)
+    index = folder / "model_index.json" if folder else None
+    path = teacher.path if folder is None or teacher.path.startswith("zoo:") else str(folder.resolve())
+    raw = {str(n): teacher.schedule.model_time(torch.tensor(t, dtype=torch.float64)).tolist() for n, t in times.items()}
+    return {
+        "format": proof.FORMAT,
+        "fewstep": __version__,
+        "git": _git_hash(),
+        "teacher": {"path": path, "model_index_sha256": hashlib.sha256(index.read_bytes()).hexdigest() if index else None},
+        "base_pipeline": type(teacher.pipe).__name__,
+        "pipeline": type(deployed).__name__,
+        "component": family.component,
+        "scheduler": type(scheduler).__name__,
+        "form": form,
+        "sampler": sampler,
+        "steps": steps,
+        "times": raw,
+        "call": call,
+        "record": record,
+    }
+
+
+def _git_hash() -> str | None:
+    """The commit of fewstep's own checkout, or None where it was installed from a wheel."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() if asked.returncode == 0 else None
+
+
+class _Draws:
+    """A step's noise as the stock schedulers draw it: one randn of the sample's shape a step, from the call's generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+
+
+@torch.no_grad()
+def _write_reference(teacher: Teacher, student: Role, sampler: str, times: dict[int, tuple[float, ...]], to: Path) -> None:
+    """fewstep's own pictures, float32: what the stock pipeline must draw from the same latents, prompts and seed.
+
+    Of large pictures every `stride`-th row and column is kept. Pipelines without text draw their latents themselves: so does this."""
+    text = teacher.family.text
+    denoiser = teacher.denoiser(student)
+    prompts = list(PROMPTS) if text else ["", ""]
+    cond = teacher.encode(prompts)
+    shape = (len(prompts), *teacher.latent_shape)
+    stride = max(1, min(teacher.resolution) // 128)
+    tensors = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(SEED + 1))}
+    for n, grid in times.items():
+        generator = torch.Generator().manual_seed(SEED)
+        if not text:
+            tensors["latents"] = torch.randn(shape, generator=generator)
+        rng: Any = _Draws(generator)
+        x = sample(denoiser, tensors["latents"], grid, cond, step=STEPS[sampler], rng=rng)
+        tensors[f"images_{n}"] = _decode(teacher, x)[..., ::stride, ::stride].contiguous()
+    notes = {"prompts": json.dumps(prompts if text else None), "seed": str(SEED), "stride": str(stride)}
+    save_file(tensors, to, metadata=notes)
+
+
+def _decode(teacher: Teacher, x: Tensor) -> Tensor:
+    """Images in [0, 1], float32: what output_type="pt" gives."""
+    vae = getattr(teacher.pipe, "vae", None)
+    if vae is not None:
+        x = vae.decode(x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def _old(to: Path) -> Path:
+    return to.with_name(f".{to.name}.old")
+
+
+def _swap(part: Path, to: Path) -> None:
+    """Puts the finished folder in its place by renaming: what lies there is always whole."""
+    shutil.rmtree(_old(to), ignore_errors=True)
+    if to.exists():
+        to.rename(_old(to))
+    part.rename(to)
+    shutil.rmtree(_old(to), ignore_errors=True)
+
+
+def _restore(to: Path) -> None:
+    """Undoes a `_swap` that was killed between its two renames."""
+    if _old(to).exists() and not to.exists():
+        _old(to).rename(to)

@@ -1,0 +1,49 @@
+"""What there is to choose from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+KINDS = ("objectives", "teachers", "configs")
+
+
+def listing(what: str) -> list[dict[str, Any]]:
+    """Entries with at least `name` and `about`. Raises ValueError for a kind there is none of."""
+    if what == "objectives":
+        return _objectives()
+    if what == "teachers":
+        return _teachers()
+    if what == "configs":
+        return _configs(Path("configs"))
+    raise ValueError(f"there is no list of {what!r}; there are lists of {', '.join(KINDS)}")
+
+
+def _objectives() -> list[dict[str, Any]]:
+    from fewstep.objectives import objectives
+
+    return [
+        {
+            "name": name,
+            "about": " ".join((kind.__doc__ or "").split("\n\n")[0].split()),
+            "needs": [*kind.needs.roles, *(["images"] if kind.needs.images else [])],
+        }
+        for name, kind in objectives().items()
+    ]
+
+
+def _teachers() -> list[dict[str, Any]]:
+    from fewstep.adapters import FAMILIES
+    from fewstep.zoo import HERE, NAMES
+
+    zoo = [{"name": f"zoo:{n}", "about": "embedded, no download"} for n in NAMES if (HERE / n / "model_index.json").exists()]
+    return zoo + [{"name": name, "about": f"any folder or hub id of this class ({f.component})"} for name, f in sorted(FAMILIES.items())]
+
+
+def _configs(folder: Path) -> list[dict[str, Any]]:
+    """YAML files in ./configs with the first line of their header."""
+    found = []
+    for file in sorted(folder.glob("*.yaml")):
+        first = file.read_text().splitlines()[0]
+        found.append({"name": str(file), "about": first.lstrip("# ").strip()})
+    return found

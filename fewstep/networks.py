@@ -1,0 +1,163 @@
+"""Roles: teacher, student, critic as full copies of a network, or as LoRA adapters on one shared frozen base."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Full:
+    """A role with weights of its own, all trained."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A role that is an adapter on the frozen base. alpha / rank is the adapter's scale; alpha None means rank, scale 1."""
+
+    rank: int
+    alpha: float | None = None
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+# Where the adapter of a running forward is recorded, so that a checkpointed block is recomputed under the same one.
+_ACTIVE = "_fewstep_adapter"
+
+
+def _activate(base: nn.Module, adapter: str | None) -> None:
+    """Makes `adapter` (None: the bare base) the one that `base` computes with; costs nothing when it already is.
+
+    PEFT's own `set_adapter` also flips requires_grad, which belongs to the trainer, so its two switches are set directly."""
+    if getattr(base, _ACTIVE, "") == adapter:
+        return
+    for layer in base.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._disable_adapters = adapter is None
+            layer._active_adapter = [] if adapter is None else [adapter]
+    setattr(base, _ACTIVE, adapter)
+
+
+class Role(nn.Module):
+    """One player's view of a network: its `parameters()` are what it trains, its `forward` computes with its own weights.
+
+    A full role owns its network. An adapter role owns only its adapter's matrices and borrows the base; it can therefore be
+    handed to DistributedDataParallel on its own. dtype below float32 runs the forward under autocast.
+    """
+
+    def __init__(self, name: str, net: nn.Module, *, adapter: str | None = None, owns: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name, self.adapter, self.owns, self.dtype = name, adapter, owns, dtype
+        object.__setattr__(self, "_net", net)  # hidden from nn.Module: borrowed weights are not this role's parameters
+        for key, value in self.weights().items():
+            self.register_parameter(key.replace(".", "/"), value)
+
+    @property
+    def net(self) -> nn.Module:
+        """The Diffusers network itself."""
+        return self.__dict__["_net"]
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The role's own parameters by their name in the network; an adapter's keys carry no adapter name."""
+        named = dict(self.net.named_parameters()) if self.adapter or self.owns else {}
+        if self.adapter is None:
+            return named
+        mark = f".{self.adapter}."
+        return {k.replace(mark, "."): p for k, p in named.items() if mark in k and ".lora_" in k}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _activate(self.net, self.adapter)
+        device = next(self.net.parameters()).device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            return self.net(*args, **kwargs)
+
+
+def _remembering_checkpoint(base: nn.Module):
+    """A gradient-checkpointing function that recomputes a block under the adapter its forward ran with.
+
+    Without it a role switch between forward and backward gives silently wrong gradients."""
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        adapter = getattr(base, _ACTIVE, None)
+
+        def again(*inputs: Any) -> Any:
+            _activate(base, adapter)
+            return block(*inputs)
+
+        return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False)
+
+    return run
+
+
+def build(
+    base: nn.Module,
+    wanted: Mapping[str, Full | Lora],
+    *,
+    lora_targets: Iterable[str],
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
+    seed: int = 0,
+) -> dict[str, Role]:
+    """The teacher and the wanted roles on one frozen base, which is changed in place (frozen, cast to dtype, adapters injected).
+
+    Full roles are float32 copies. Raises ValueError if no layer of the network matches `lora_targets`."""
+    base.requires_grad_(False).eval()
+    copies = {name: copy.deepcopy(base).float().requires_grad_(True) for name, kind in wanted.items() if isinstance(kind, Full)}
+    base.to(dtype)
+    targets = list(lora_targets)
+    for name, kind in wanted.items():
+        if isinstance(kind, Lora):
+            _inject(base, name, kind, targets, seed)
+    if checkpointing:
+        for net in (base, *copies.values()):
+            net.enable_gradient_checkpointing(_remembering_checkpoint(net))
+    roles = {"teacher": Role("teacher", base, owns=False, dtype=dtype)}
+    for name in wanted:
+        if name in copies:
+            roles[name] = Role(name, copies[name], owns=True, dtype=dtype)
+        else:
+            roles[name] = Role(name, base, adapter=name, owns=False, dtype=dtype)
+    return roles
+
+
+def _inject(base: nn.Module, name: str, kind: Lora, targets: list[str], seed: int) -> None:
+    config = LoraConfig(r=kind.rank, lora_alpha=kind.alpha or kind.rank, target_modules=targets, init_lora_weights=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, base, adapter_name=name)
+        except ValueError as error:
+            raise ValueError(f"no layer of {type(base).__name__} matches the LoRA targets {targets}: {error}") from error
+    setattr(base, _ACTIVE, "")
+    for key, p in base.named_parameters():
+        if f".{name}." in key and ".lora_" in key:
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        elif ".lora_" not in key:
+            p.requires_grad_(False)
+
+
+def parameter_bytes(roles: Iterable[Role]) -> int:
+    """Bytes of all distinct parameters that the roles compute with: a shared base counts once."""
+    seen = {p.data_ptr(): p.numel() * p.element_size() for role in roles for p in role.net.parameters()}
+    return sum(seen.values())
+
+
+def set_weights(role: Role, tensors: Mapping[str, Tensor]) -> None:
+    """Copies named tensors into a role's own parameters. Raises ValueError if the names differ."""
+    own = role.weights()
+    if missing := sorted(set(own) ^ set(tensors)):
+        raise ValueError(f"the stored {role.name} has other weights than this config makes (first: {missing[0]}); use the config it was made with")
+    with torch.no_grad():
+        for key, p in own.items():
+            p.copy_(tensors[key])

@@ -1,0 +1,125 @@
+"""What an objective is: a game whose rounds are turns, each one optimizer update of one player."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Cond, Denoiser, Guided, Prediction
+from fewstep.sampling import Step, rollout
+from fewstep.stream import Stream
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one turn learns from: conditions (B), the shape (B, C, *S) of what is denoised, and clean data where it is used."""
+
+    cond: Cond
+    shape: tuple[int, ...]
+    latents: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Nets:
+    """The players as denoisers, and how the student will be deployed: its times and its step."""
+
+    student: Denoiser
+    teacher: Denoiser | Guided
+    grid: tuple[float, ...]
+    step: Step
+    critic: Denoiser | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Per-sample terms (B,) whose sum is minimised in the mean, scalars to log, and the student's sample with its graph."""
+
+    terms: dict[str, Tensor]
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    sample: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack([term.mean() for term in self.terms.values()]).sum()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimizer update of one player."""
+
+    player: str
+    loss: Callable[[Nets, Batch, Stream], Losses]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective cannot do without: trained roles besides the student, and clean images."""
+
+    roles: tuple[str, ...] = ()
+    images: bool = False
+
+
+class Objective(ABC):
+    """A method: a final frozen dataclass whose fields are its configuration and whose methods are its mathematics.
+
+    It owns no weights and keeps no state. Every one has the field `steps`, the number of steps its student is deployed with, and
+    `sampler`, the name of the deployed step (None: the first that the teacher's family has)."""
+
+    needs: ClassVar[Needs]
+    steps: int
+    sampler: str | None
+
+    @abstractmethod
+    def round(self, step: int) -> list[Turn]:
+        """The turns of round `step`, in order."""
+
+
+REGISTRY: dict[str, type[Objective]] = {}
+
+
+def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
+    """Makes an objective known by name. Raises ValueError where the name is taken."""
+
+    def keep(kind: type[Objective]) -> type[Objective]:
+        if name in REGISTRY and REGISTRY[name] is not kind:
+            raise ValueError(f"two objectives want the name {name!r}: {REGISTRY[name].__module__} and {kind.__module__}")
+        REGISTRY[name] = kind
+        return kind
+
+    return keep
+
+
+def objectives() -> dict[str, type[Objective]]:
+    """Every known objective: those of this package and of installed ones with the entry point `fewstep.objectives`."""
+    import fewstep.objectives  # noqa: F401  (its modules register themselves)
+
+    for point in entry_points(group="fewstep.objectives"):
+        register(point.name)(point.load())
+    return dict(sorted(REGISTRY.items()))
+
+
+def full(t: float, n: int) -> Tensor:
+    """One time for a whole batch (n,), float64."""
+    return torch.full((n,), t, dtype=torch.float64)
+
+
+def simulate(nets: Nets, batch: Batch, rng: Stream) -> Prediction:
+    """Backward simulation (DMD2, section 4.5): the student walks from noise to a randomly chosen step without a graph, and that step
+    is predicted with one. All samples and all processes share the step. Its x0 is what the deployed sampler would stand on."""
+    k = rng.shared.integer(len(nets.grid))
+    x = rng.normal(batch.shape)
+    with torch.no_grad():
+        for visit in islice(_walk(nets, x, batch, rng), k):
+            x = visit.x_s
+    return nets.student(x, full(nets.grid[k], len(x)), batch.cond)
+
+
+def _walk(nets: Nets, noise: Tensor, batch: Batch, rng: Stream) -> Iterator:
+    return rollout(nets.student, noise, nets.grid, batch.cond, step=nets.step, rng=rng)

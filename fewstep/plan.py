@@ -1,0 +1,66 @@
+"""`fewstep plan`: what a config will do, from the teacher's configs alone; no weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from fewstep.adapters import Family, family_of, make_scheduler, teacher_folder
+from fewstep.config import Config
+from fewstep.deploy import falling, seen_times
+from fewstep.networks import Full, Lora, build
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """Deploy grid, roles, parameters, memory and disk of a run. Raises ValueError for what could not work."""
+    folder = teacher_folder(config.teacher.path)
+    if folder is None:
+        raise ValueError(f"{config.teacher.path} is a hub id; plan reads folders only, so that it needs no network: save the pipeline first")
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    family = family_of(name)
+    net, scheduler = _skeleton(folder, family)
+    schedule = family.schedule(scheduler)
+    sampler = config.objective.sampler or next(iter(family.samplers))
+    kind, words = getattr(diffusers, family.deployed or name), family.no_words(dict(net.config))
+    grids = {}
+    for n in sorted({1, 2, 4, config.objective.steps}):
+        seen = seen_times(kind, family.component, net, _config_of(folder, "vae"), make_scheduler(family, scheduler.config, sampler), n, words)
+        falling(schedule, seen, n)
+        grids[str(n)] = [round(x, 3) for x in seen]
+    base = sum(p.numel() for p in net.parameters())
+    wanted: dict[str, Full | Lora] = {"student": config.student.kind()}
+    if "critic" in config.objective.needs.roles:
+        wanted["critic"] = config.critic.kind()
+    roles = build(net, wanted, lora_targets=family.lora_targets)
+    trained = {k: sum(p.numel() for p in roles[k].parameters()) for k in wanted}
+    width = 2 if config.train.dtype == "bfloat16" else 4
+    # weights float32 + gradient + two Adam moments for what is trained, the average for the student, the frozen base once
+    memory = base * width + sum(16 * n for n in trained.values()) + 4 * trained["student"]
+    disk = sum(12 * n for n in trained.values()) + 4 * trained["student"]
+    return {
+        "teacher": f"{config.teacher.path} ({name}, {base / 1e6:.2f} M parameters)",
+        "sampler": f"{sampler} ({family.samplers[sampler][0]})",
+        "grid (network times)": grids,
+        "trained parameters": trained,
+        "memory, weights (MiB)": round(memory / 2**20, 1),
+        "disk, a checkpoint (MiB)": round(disk / 2**20, 1),
+        "settings": config.model_dump(mode="json"),
+    }
+
+
+def _skeleton(folder: Path, family: Family) -> tuple[Any, Any]:
+    """The network without memory for its weights, and the scheduler."""
+    kind = _config_of(folder, family.component)
+    with torch.device("meta"):
+        net = getattr(diffusers, kind["_class_name"]).from_config(kind)
+    rules = _config_of(folder, "scheduler")
+    return net, getattr(diffusers, rules["_class_name"]).from_config(rules)
+
+
+def _config_of(folder: Path, part: str) -> dict[str, Any]:
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    return json.loads(file.read_text()) if file.exists() else {}

@@ -1,0 +1,261 @@
+"""Proof that stock Diffusers draws what an export promises: `python -I proof.py FOLDER TEACHER SCRATCH`.
+
+`verify` runs this file in a fresh interpreter where `import fewstep` fails. It reads the export the way its card says, prints
+one line of JSON, [{"name", "ok", "detail"}, ...], and knows nothing but torch, Diffusers and safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+FORMAT = 1  # of fewstep.json
+PIXELS = 1e-4  # largest difference from the reference, of pixels in [0, 1]
+SAME = 1e-6  # the same where both come from stock Diffusers
+
+Check = dict[str, Any]
+
+
+class Broken(Exception):
+    """A check that failed, as a sentence."""
+
+
+class Blocker:
+    """An import hook under which fewstep does not exist."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == "fewstep":
+            raise ImportError("an export may not need fewstep")
+
+
+def prove(folder: Path, teacher: str, scratch: Path) -> list[Check]:
+    """Every check of an export; those that need an earlier one that failed are left out. teacher: what a LoRA is loaded on."""
+    checks: list[Check] = []
+
+    def check(name: str, test: Callable[..., Any], *args: Any) -> Any:
+        """Runs a test, which returns its detail (str) or something for later tests; None if it failed."""
+        try:
+            value = test(*args)
+        except Exception as error:  # whatever a broken export makes stock code do is a finding, not a crash
+            text = " ".join(str(error).split())[:300]
+            if not isinstance(error, Broken):
+                text = f"stock Diffusers stopped here: {type(error).__name__}: {text}"
+            checks.append({"name": name, "ok": False, "detail": text})
+            return None
+        checks.append({"name": name, "ok": True, "detail": value if isinstance(value, str) else ""})
+        return value
+
+    check("no pickles", _no_pickles, folder)
+    facts = check("files", _files, folder)
+    if facts is None:
+        return checks
+    lora = facts.get("lora")
+    if lora and check("teacher", _teacher, facts, teacher) is None:
+        return checks
+    pipe = check("loads", load, folder, facts, teacher)
+    if pipe is None:
+        return checks
+    if lora:
+        check("LoRA on every layer at scale 1", _layers, folder, facts, pipe)
+    reference = Reference(folder)
+    drawn = None
+    for n in sorted(map(int, facts["times"])):
+        drawn = check(f"runs in {n}", draw, pipe, facts, reference, n)
+        if drawn is not None:
+            check(f"times at {n}", _times, drawn[0], facts["times"][str(n)])
+            check(f"pixels at {n}", _pixels, drawn[1], reference, n)
+    if drawn is not None:  # in the most steps, where the most noise is drawn
+        again = check("same seed, same picture", _again, drawn[1], pipe, facts, reference, n)
+        if lora and again is not None:
+            check("same picture without the LoRA's metadata", _blind, drawn[1], folder, scratch, pipe, facts, reference, n)
+    return checks
+
+
+def _no_pickles(folder: Path) -> str:
+    found = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.suffix in PICKLES)
+    if found:
+        raise Broken(f"{found[0]} is a pickle, which can run code when read; an export is safetensors only")
+    return ""
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    """The facts of an export whose files can all be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        facts = json.loads((folder / "fewstep.json").read_text("utf-8"))
+    except ValueError as error:
+        raise Broken(f"fewstep.json is damaged ({error}); export again") from error
+    if facts.get("format") != FORMAT:
+        raise Broken(
+            f"fewstep.json has format {facts.get('format')}, known here is {FORMAT}; verify it with the fewstep that made it"
+        )
+    wanted = ["reference.safetensors", "README.md", "scheduler/scheduler_config.json"]
+    wanted.append(facts["lora"]["file"] if facts["form"] == "lora" else "model_index.json")
+    if missing := [f for f in wanted if not (folder / f).exists()]:
+        raise Broken(f"{missing[0]} is missing; export again")
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise Broken(f"{file.relative_to(folder)} is damaged ({error}); export again") from error
+    return facts
+
+
+def _teacher(facts: dict[str, Any], teacher: str) -> str:
+    wanted = facts["teacher"]["model_index_sha256"]
+    index = Path(teacher) / "model_index.json"
+    if wanted and index.exists() and hashlib.sha256(index.read_bytes()).hexdigest() != wanted:
+        raise Broken(f"{teacher} is not the teacher this LoRA was trained on (its model_index.json differs)")
+    return teacher
+
+
+def load(folder: Path, facts: dict[str, Any], teacher: str) -> Any:
+    """The pipeline as the card says, in float32 on the CPU."""
+    import diffusers
+    import torch
+
+    lora = facts.get("lora")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(teacher if lora else folder, torch_dtype=torch.float32)
+    if lora:
+        pipe.load_lora_weights(folder, weight_name=lora["file"])
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+        pipe.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(folder, subfolder="scheduler")
+    pipe.set_progress_bar_config(disable=True)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it paints pictures black; the reference has none
+    return pipe
+
+
+def _layers(folder: Path, facts: dict[str, Any], pipe: Any) -> str:
+    """Every pair of the file sits on its layer and adds exactly B A: scale 1, whatever the reader makes of alpha."""
+    import torch
+    from safetensors.torch import load_file
+
+    names = facts["lora"]["naming"]
+    left = {k: v for k, v in load_file(folder / facts["lora"]["file"]).items() if not k.endswith(".alpha")}
+    count, worst = 0, 0.0
+    with torch.no_grad():
+        for name, module in getattr(pipe, facts["component"]).named_modules():
+            for adapter in getattr(module, "lora_A", {}):
+                stem = names["prefix"] + name.replace(".", names["separator"])
+                if stem + names["a"] not in left:
+                    raise Broken(f"the reader made a LoRA on {name}, of which the file says nothing")
+                a, b = left.pop(stem + names["a"]), left.pop(stem + names["b"])
+                added = module.get_delta_weight(adapter)
+                wanted = (b.flatten(1) @ a.flatten(1)).reshape(added.shape)
+                count, worst = count + 1, max(worst, _gap(added, wanted) / max(1.0, float(wanted.abs().max())))
+    if left:
+        raise Broken(f"the reader ignored {len(left)} weights of the file (first: {min(left)})")
+    if not worst <= SAME:
+        raise Broken(f"the reader applies the LoRA at another strength (weights differ by {worst:.3g}); alpha must equal rank")
+    return f"{count} layers"
+
+
+class Reference:
+    """What the export's pictures must be: latents, prompts and seed, and fewstep's own pictures for them."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        with safe_open(folder / "reference.safetensors", "pt") as file:
+            notes = file.metadata()
+            self.tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        self.prompts = json.loads(notes["prompts"])
+        self.seed, self.stride = int(notes["seed"]), int(notes["stride"])
+
+
+@contextmanager
+def _watched(net: Any) -> Iterator[list[float]]:
+    """The times a network is fed while the pipeline runs."""
+    import torch
+
+    seen: list[float] = []
+    signature = inspect.signature(net.forward)
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = signature.bind(*args, **kwargs).arguments
+        seen.append(float(torch.as_tensor(values.get("timestep", values.get("t"))).flatten()[0]))
+
+    hook = net.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def draw(pipe: Any, facts: dict[str, Any], reference: Reference, n: int) -> tuple[list[float], Any]:
+    """(times the network saw, pictures (B, C, H, W) in [0, 1]) of the documented call in n steps."""
+    import torch
+
+    latents = reference.tensors["latents"]
+    call = {**facts["call"], "num_inference_steps": n, "generator": torch.Generator().manual_seed(reference.seed)}
+    with _watched(getattr(pipe, facts["component"])) as seen:
+        if reference.prompts is None:  # these pipelines draw their latents themselves, and give arrays
+            pictures = torch.from_numpy(pipe(**call, batch_size=len(latents), output_type="np").images).permute(0, 3, 1, 2)
+        else:
+            prompts = list(reference.prompts)  # a copy: ZImagePipeline writes its chat template into the caller's list
+            pictures = pipe(prompts, **call, latents=latents.clone(), output_type="pt").images
+    return seen, pictures
+
+
+def _gap(a: Any, b: Any) -> float:
+    return float((a - b).abs().max())
+
+
+def _times(seen: list[float], wanted: list[float]) -> str:
+    close = 1e-6 * max(1.0, *map(abs, wanted))  # 1e-3 on a clock of 1000
+    shown = ", ".join(f"{t:.6g}" for t in seen)
+    if len(seen) != len(wanted) or not all(abs(a - b) <= close for a, b in zip(seen, wanted, strict=True)):
+        trained = ", ".join(f"{t:.6g}" for t in wanted)
+        raise Broken(f"the network saw {shown}, but was trained at {trained}: the scheduler was changed")
+    return shown
+
+
+def _pixels(pictures: Any, reference: Reference, n: int) -> str:
+    gap = _gap(pictures[..., :: reference.stride, :: reference.stride], reference.tensors[f"images_{n}"])
+    if not gap <= PIXELS:
+        raise Broken(f"the picture differs from fewstep's own by {gap:.3g}, not {PIXELS:g}: weights or scheduler were changed")
+    return f"{gap:.1e} from the reference"
+
+
+def _again(pictures: Any, pipe: Any, facts: dict[str, Any], reference: Reference, n: int) -> str:
+    if gap := _gap(draw(pipe, facts, reference, n)[1], pictures):
+        raise Broken(f"two calls with one seed differ by {gap:.3g}: the pipeline does not pass its generator to the scheduler")
+    return ""
+
+
+def _blind(pictures: Any, folder: Path, scratch: Path, pipe: Any, facts: dict[str, Any], reference: Reference, n: int) -> str:
+    """The same picture from a reader that sees neither the file's header nor its alphas."""
+    from safetensors.torch import load_file, save_file
+
+    file = facts["lora"]["file"]
+    save_file({k: v for k, v in load_file(folder / file).items() if not k.endswith(".alpha")}, scratch / file)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(scratch, weight_name=file)
+    gap = _gap(draw(pipe, facts, reference, n)[1], pictures)
+    if not gap <= SAME:
+        raise Broken(f"a reader that ignores the LoRA's metadata draws another picture (by {gap:.3g}): alpha must equal rank")
+    return ""
+
+
+def main(folder: str, teacher: str, scratch: str) -> None:
+    sys.meta_path.insert(0, Blocker)  # type: ignore[arg-type]
+    checks = prove(Path(folder), teacher, Path(scratch))
+    alone = "fewstep" not in {m.split(".")[0] for m in sys.modules}
+    reason = "" if alone else "fewstep was imported; stock Diffusers alone must do"
+    checks.append({"name": "without fewstep", "ok": alone, "detail": reason})
+    print("\n" + json.dumps(checks))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,30 @@
+"""Where training looks: distributions of t."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fewstep.stream import Stream
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """t uniform in [low, high], then moved towards noise by `shift`: k t / (1 + (k - 1) t)."""
+
+    low: float = 0.0
+    high: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"a time range needs 0 <= low < high <= 1, not [{self.low}, {self.high}]")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, not {self.shift}; 1 leaves times where they are")
+
+    def sample(self, n: int, rng: Stream) -> Tensor:
+        """n times (n,), float64."""
+        t = rng.uniform(n)
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        return self.low + (self.high - self.low) * t

@@ -1,0 +1,246 @@
+"""The loop: rounds of turns, one optimizer a player. Nothing here names a method; accelerate appears only here."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fewstep import checkpoint
+from fewstep.data import Source
+from fewstep.ema import Ema
+from fewstep.monitor import Log, Meter
+from fewstep.networks import Role, set_weights
+from fewstep.objectives.base import Batch, Losses, Nets, Objective
+from fewstep.stream import stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How long and how fast. A round is what the objective says it is; `batch` counts samples of one process and turn."""
+
+    rounds: int = 300
+    batch: int = 32
+    lr: float = 1e-4
+    critic_lr: float | None = None  # None: lr
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 10  # rounds of linear warm-up
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest gradient norm of a turn
+    ema: float = 0.99  # decay of the student's average, which is what is previewed, exported and judged; 0: the last weights
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    checkpointing: bool = False  # gradient checkpointing: less memory, a third more time
+    log_every: int = 10
+    save_every: int = 100
+    preview_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "batch", "log_every", "save_every", "preview_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        if self.lr <= 0 or (self.critic_lr is not None and self.critic_lr <= 0):
+            raise ValueError("train.lr and train.critic_lr must be positive")
+
+    def rate(self, player: str, round_: int) -> float:
+        """The learning rate of a player in a round; a pure function, so resuming needs no scheduler state."""
+        base = self.critic_lr if player == "critic" and self.critic_lr is not None else self.lr
+        ramp = min(1.0, (round_ + 1) / max(1, self.warmup))
+        if player == "student" and self.schedule == "cosine":
+            ramp *= 0.5 * (1 + math.cos(math.pi * round_ / self.rounds))
+        return base * ramp
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything `fit` runs: nets makes the players' denoisers from their (wrapped) modules; preview draws a picture of the student
+    with the given weights; identity is stored with every checkpoint."""
+
+    objective: Objective
+    roles: dict[str, Role]
+    nets: Callable[[Mapping[str, nn.Module]], Nets]
+    source: Source
+    settings: Settings
+    folder: Path
+    identity: dict[str, Any] = field(default_factory=dict)
+    preview: Callable[[int, Mapping[str, Tensor]], None] | None = None
+
+
+class Diverged(ValueError):
+    """Training cannot go on: updates have not been finite for many turns in a row."""
+
+
+class Player:
+    """A trained role with its optimizer. A non-finite gradient skips the update on every process, on the device, and is counted."""
+
+    def __init__(self, role: Role, settings: Settings, accelerator: Accelerator) -> None:
+        self.role = role
+        self.keys = list(role.weights())
+        self.parameters = list(role.weights().values())
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.module, self.optimizer = accelerator.prepare(role, optimizer)
+        device = accelerator.device
+        self.skipped, self.streak = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    def update(self, rate: float, clip: float) -> Tensor:
+        """One optimizer step from the gradients at hand; returns their norm."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        bad = (~torch.isfinite(norm)).float()
+        inner = self.optimizer.optimizer
+        inner.found_inf, inner.grad_scale = bad, None  # the fused optimizer's own switch: no step, no host wait
+        for group in inner.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.streak = (self.streak + 1) * bad
+        return torch.where(bad > 0, 0.0, norm)
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        state = self.optimizer.optimizer.state
+        return {f"{k}:{name}": v for k, p in zip(self.keys, self.parameters, strict=True) for name, v in state.get(p, {}).items()}
+
+    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        state = self.optimizer.optimizer.state
+        for key, p in zip(self.keys, self.parameters, strict=True):
+            mine = {name.rpartition(":")[2]: v for name, v in tensors.items() if name.rpartition(":")[0] == key}
+            if mine:
+                state[p] = {name: v.to(p.device) for name, v in mine.items()}
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """The process group and device of a run. Raises ValueError where CUDA is asked for and absent."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device is cuda, but this machine has no usable CUDA device; set train.device to cpu or auto")
+    cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=cpu, step_scheduler_with_optimizer=False)
+
+
+def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = None) -> Path:
+    """Trains until `settings.rounds` and returns the last checkpoint. Ctrl-C saves at the end of the round and stops."""
+    settings = job.settings
+    accelerator = accelerator or make_accelerator(settings)
+    device = str(accelerator.device)
+    names = ("student", *job.objective.needs.roles)
+    for role in job.roles.values():
+        role.net.to(accelerator.device)
+    players = {name: Player(job.roles[name], settings, accelerator) for name in names}
+    nets = job.nets({**job.roles, **{name: p.module for name, p in players.items()}})
+    ema = Ema(job.roles["student"].weights(), settings.ema)
+    log, start = Log(job.folder, accelerator.is_main_process), 0
+    if resume:
+        start = _restore(job, players, ema)
+        log.forget_after(start)
+    meter, began = Meter(), time.perf_counter()
+    bar = tqdm(range(start, settings.rounds), initial=start, total=settings.rounds, desc="train", disable=not accelerator.is_main_process)
+    with _interruptible() as stopped:
+        for round_ in bar:
+            for i, turn in enumerate(job.objective.round(round_)):
+                rng = stream(settings.seed, accelerator.process_index, round_, i, device)
+                cond, latents = job.source.draw(settings.batch, rng.child("data"))
+                batch = Batch(
+                    cond.to(device), (settings.batch, *job.source.shape), None if latents is None else latents.to(device)
+                )
+                for name, player in players.items():
+                    player.role.requires_grad_(name == turn.player)
+                losses: Losses = turn.loss(nets, batch, rng)
+                accelerator.backward(losses.total)
+                mover = players[turn.player]
+                norm = mover.update(settings.rate(turn.player, round_), settings.clip)
+                if turn.player == "student":
+                    ema.update(job.roles["student"].weights(), round_)
+                for name, value in {**{k: v.mean() for k, v in losses.terms.items()}, "grad_norm": norm, **losses.stats}.items():
+                    meter.add(f"{turn.player}/{name}", value)
+            done = round_ + 1
+            last = done == settings.rounds or stopped()
+            if done % settings.log_every == 0 or last:
+                _check(players, done)
+                record = {"round": done, "seconds": time.perf_counter() - began, **meter.take(lambda x: accelerator.reduce(x, "mean"))}
+                record |= {f"{name}/skipped": float(p.skipped) for name, p in players.items()}
+                log.write(record)
+                bar.set_postfix({k: f"{v:.3g}" for k, v in record.items() if k.endswith(("/dm", "/consistency", "/denoise"))}, refresh=False)
+            if done % settings.save_every == 0 or last:
+                place = _save(job, players, ema, done, accelerator)
+            if job.preview and accelerator.is_main_process and (done % settings.preview_every == 0 or last):
+                job.preview(done, ema.shadow)
+            if stopped():
+                raise KeyboardInterrupt
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    found = checkpoint.latest(job.folder / "checkpoints")
+    assert found is not None
+    return found
+
+
+def _check(players: Mapping[str, Player], done: int) -> None:
+    for name, player in players.items():
+        if player.streak >= 10:
+            raise Diverged(
+                f"the {name}'s gradient has not been finite for {int(player.streak)} updates (round {done}); lower train.lr or train.clip, "
+                "and go on with --resume from the last checkpoint"
+            )
+
+
+def _save(job: Job, players: Mapping[str, Player], ema: Ema, done: int, accelerator: Accelerator) -> Path | None:
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None
+    files: dict[str, Mapping[str, Tensor]] = {"ema": ema.shadow}
+    for name, player in players.items():
+        files[name] = player.role.weights()
+        files[f"optimizer-{name}"] = player.optimizer_tensors()
+    state = {"roles": list(players), "skipped": {n: float(p.skipped) for n, p in players.items()}, **job.identity}
+    return checkpoint.save(job.folder / "checkpoints", done, files, state)
+
+
+def _restore(job: Job, players: Mapping[str, Player], ema: Ema) -> int:
+    place = checkpoint.latest(job.folder / "checkpoints")
+    if place is None:
+        return 0
+    files, state = checkpoint.load(place)
+    if state["roles"] != list(players):
+        raise ValueError(f"{place} holds the roles {state['roles']}, this config trains {list(players)}; use the config it was made with")
+    for name, player in players.items():
+        set_weights(player.role, files[name])
+        player.load_optimizer(files[f"optimizer-{name}"])
+        player.skipped += state["skipped"][name]
+    for key, value in files["ema"].items():
+        ema.shadow[key].copy_(value)
+    return int(state["round"])
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into a request to stop at the end of the round; a second one stops at once."""
+    asked = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread: leave signals alone
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)

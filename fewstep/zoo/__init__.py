@@ -1,0 +1,17 @@
+"""The embedded zoo: teachers and a yardstick small enough to travel with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HERE = Path(__file__).parent / "models"
+NAMES = ("sprites-sd", "sprites-flow", "sprites-clip")
+
+
+def folder(name: str) -> Path:
+    """Where zoo:NAME lies. Raises ValueError for a name that is not in the zoo."""
+    if name not in NAMES:
+        raise ValueError(f"the zoo has no {name!r}; it has {', '.join('zoo:' + n for n in NAMES)}")
+    if not (HERE / name).exists():
+        raise ValueError(f"zoo:{name} is not in this installation; `python -m fewstep.zoo.build` makes it")
+    return HERE / name
