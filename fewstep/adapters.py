@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fewstep.denoiser import Cond, Denoiser
@@ -49,7 +50,9 @@ class Family:
 def _vp(scheduler: Any) -> DiscreteVP:
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
-        raise ValueError(f"{type(scheduler).__name__} has no table of noise levels; save the teacher with its DDIM or DDPM scheduler")
+        raise ValueError(
+            f"{type(scheduler).__name__} has no table of noise levels; save the teacher with its DDIM or DDPM scheduler"
+        )
     return DiscreteVP(tuple(torch.as_tensor(table, dtype=torch.float64).tolist()))
 
 
@@ -62,10 +65,19 @@ def _vp_target(scheduler: Any) -> str:
 
 # set_alpha_to_one: the last step ends at exactly clean. rescale/thresholding off: a student is what it was trained to be.
 _VP_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "renoise": ("LCMScheduler", {"original_inference_steps": 100, "steps_offset": 1, "clip_sample": False, "thresholding": False}),
+    "renoise": (
+        "LCMScheduler",
+        {"original_inference_steps": 100, "steps_offset": 1, "clip_sample": False, "thresholding": False},
+    ),
     "ddim": (
         "DDIMScheduler",
-        {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1, "thresholding": False},
+        {
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+            "steps_offset": 1,
+            "thresholding": False,
+        },
     ),
 }
 
@@ -123,7 +135,15 @@ FAMILIES: dict[str, Family] = {
         lambda scheduler: RectifiedFlow(clean_time=1.0, noise_time=0.0),
         lambda scheduler: "flow",
         {"ddim": ("FlowMatchEulerDiscreteScheduler", {})},
-        ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+        (
+            "attention.to_q",
+            "attention.to_k",
+            "attention.to_v",
+            "attention.to_out.0",
+            "feed_forward.w1",
+            "feed_forward.w2",
+            "feed_forward.w3",
+        ),
         lambda c: {"prompt_embeds": [torch.zeros(2, c["cap_feat_dim"])], "guidance_scale": 0.0, "output_type": "latent"},
         guidance=lambda g: g - 1,
         default_guidance=5.0,
@@ -240,7 +260,9 @@ class Teacher:
 def make_scheduler(family: Family, config: Any, sampler: str) -> Any:
     """The stock scheduler of a sampler, from the config of the teacher's own. Raises ValueError if the family has none."""
     if sampler not in family.samplers:
-        raise ValueError(f"no stock scheduler of this family computes the sampler {sampler!r}; it has: {', '.join(family.samplers)}")
+        raise ValueError(
+            f"no stock scheduler of this family computes the sampler {sampler!r}; it has: {', '.join(family.samplers)}"
+        )
     name, fixed = family.samplers[sampler]
     return getattr(diffusers, name).from_config(config, **fixed)
 
@@ -257,10 +279,14 @@ def teacher_folder(path: str) -> Path | None:
             return None
         raise ValueError(f"there is no teacher at {path}; give zoo:NAME, a Diffusers folder, or a hub id such as owner/model")
     if not (place / "model_index.json").exists():
-        raise ValueError(f"{path} is not a Diffusers pipeline folder: it has no model_index.json (pipe.save_pretrained writes one)")
+        raise ValueError(
+            f"{path} is not a Diffusers pipeline folder: it has no model_index.json (pipe.save_pretrained writes one)"
+        )
     unsafe = [f for f in place.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     if unsafe:
-        raise ValueError(f"{unsafe[0]} is a pickle, which can run code when read; convert it with pipe.save_pretrained(..., safe_serialization=True)")
+        raise ValueError(
+            f"{unsafe[0]} is a pickle, which can run code when read; convert it with pipe.save_pretrained(..., safe_serialization=True)"
+        )
     return place
 
 
@@ -268,11 +294,14 @@ def load_teacher(path: str, device: str = "cpu") -> Teacher:
     """The frozen teacher at zoo:NAME, a Diffusers folder, or (the only case that uses the network) a hub id."""
     folder = teacher_folder(path)
     if folder is not None:
-        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        family_of(name)  # refuse before any weight is read
-    pipe = diffusers.DiffusionPipeline.from_pretrained(
-        folder or path, use_safetensors=True, torch_dtype=torch.float32, local_files_only=folder is not None
-    )
+        family_of(pipeline_name(folder))  # refuse before any weight is read
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            folder or path, use_safetensors=True, torch_dtype=torch.float32, local_files_only=folder is not None
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        remedy = "save it again with pipe.save_pretrained" if folder else "check the id and the network, or give a folder"
+        raise ValueError(f"the teacher {path} cannot be loaded ({str(error).splitlines()[0]}); {remedy}") from error
     family = family_of(type(pipe).__name__)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
@@ -281,8 +310,20 @@ def load_teacher(path: str, device: str = "cpu") -> Teacher:
     return Teacher(path, pipe.to(device), family, family.schedule(pipe.scheduler), family.target(pipe.scheduler))
 
 
+def pipeline_name(folder: Path) -> str:
+    """The pipeline class of a Diffusers folder. Raises ValueError if its index does not say."""
+    try:
+        return json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'model_index.json'} is damaged; save the pipeline again with pipe.save_pretrained"
+        ) from error
+
+
 def family_of(name: str) -> Family:
     """The entry of a pipeline class. Raises ValueError with the remedy for one that is not known."""
     if name not in FAMILIES:
-        raise ValueError(f"{name} is not a family fewstep knows ({', '.join(sorted(FAMILIES))}); an entry of about 25 lines in fewstep/adapters.py adds it")
+        raise ValueError(
+            f"{name} is not a family fewstep knows ({', '.join(sorted(FAMILIES))}); an entry of about 25 lines in fewstep/adapters.py adds it"
+        )
     return FAMILIES[name]

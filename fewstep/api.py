@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fewstep import checkpoint
 from fewstep.adapters import Teacher, load_teacher
@@ -22,6 +22,7 @@ from fewstep.data import default_cache, open_source
 from fewstep.denoiser import Cond, Guided
 from fewstep.networks import Role, build, set_weights
 from fewstep.objectives import Nets
+from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
 from fewstep.stream import rows
 from fewstep.trainer import Job, fit, make_accelerator
@@ -76,7 +77,9 @@ def open_study(config: Config) -> Study:
         try:
             teacher.net.set_attention_backend(backend)
         except (RuntimeError, ImportError, ValueError) as error:
-            raise ValueError(f"train.attention: {config.train.attention} does not work here ({error}); sdpa always does") from error
+            raise ValueError(
+                f"train.attention: {config.train.attention} does not work here ({error}); sdpa always does"
+            ) from error
     roles = build(
         teacher.net,
         wanted,
@@ -90,12 +93,20 @@ def open_study(config: Config) -> Study:
 
 @torch.no_grad()
 def generate(
-    teacher: Teacher, denoiser: Predictor, cond: Cond, times: Sequence[float], sampler: str, *, seed: int, batch: int = 64, bar: str = ""
+    teacher: Teacher,
+    denoiser: Predictor,
+    cond: Cond,
+    times: Sequence[float],
+    sampler: str,
+    *,
+    seed: int,
+    batch: int = 64,
+    bar: str = "",
 ) -> np.ndarray:
     """Pictures uint8 (n, h, w, 3) of n conditions; picture i depends on (seed, i) alone, not on the batch."""
     device = str(next(teacher.net.parameters()).device)
     parts = []
-    for start in tqdm(range(0, len(cond), batch), desc=bar, disable=not bar, leave=False):
+    for start in track(range(0, len(cond), batch), bar, len(cond), each=batch, active=bool(bar)):
         part = cond[start : start + batch].to(device)
         noise = rows(seed, start, start + len(part), device)
         x = noise.normal((len(part), *teacher.latent_shape))
@@ -115,7 +126,9 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
             raise ValueError(f"there is no run at {folder} to resume; leave --resume away to start one")
         changed = differences(load_config(stored), config, RESUMABLE)
         if changed:
-            raise ValueError(f"the run at {folder} was made with another {changed[0]}; resume with its own config.yaml, or start anew elsewhere")
+            raise ValueError(
+                f"the run at {folder} was made with another {changed[0]}; resume with its own config.yaml, or start anew elsewhere"
+            )
     accelerator = make_accelerator(config.train)
     study = open_study(config)
     source = open_source(
@@ -128,10 +141,16 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
     )
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        stored.write_text(config.dump())
+        scratch = folder.with_name(f".{folder.name}.config.yaml")  # beside it: a kill leaves a folder that is empty, or a run
+        scratch.write_text(config.dump())
+        os.replace(scratch, stored)
     identity = {"grid": list(study.grid), "sampler": study.sampler}
     preview = Preview(study, source.prompts, folder / "grids")
-    fit(Job(config.objective, study.roles, study.nets, source, config.train, folder, identity, preview), resume=resume, accelerator=accelerator)
+    fit(
+        Job(config.objective, study.roles, study.nets, source, config.train, folder, identity, preview),
+        resume=resume,
+        accelerator=accelerator,
+    )
     return Run(folder)
 
 
@@ -220,7 +239,10 @@ class Run:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
         from fewstep.export import export
 
-        record: dict[str, Any] = {"config": json.loads(json.dumps(self.config.model_dump(mode="json"))), "round": int(self.place.name.split("-")[1])}
+        record: dict[str, Any] = {
+            "config": json.loads(json.dumps(self.config.model_dump(mode="json"))),
+            "round": int(self.place.name.split("-")[1]),
+        }
         results = self.folder / "results.json"
         if results.exists():
             record["results"] = json.loads(results.read_text())
@@ -239,7 +261,9 @@ class Run:
         )
 
 
-def distill(*, teacher: str, objective: str | Mapping[str, Any], data: str, steps: int = 4, out: str = "runs/distilled", **settings: Any) -> Run:
+def distill(
+    *, teacher: str, objective: str | Mapping[str, Any], data: str, steps: int = 4, out: str = "runs/distilled", **settings: Any
+) -> Run:
     """Distils a teacher in one call. `data` is a source of prompts, or of images where the objective needs them; `settings` are
     further parts of a config (student=..., critic=..., train=...)."""
     from fewstep.objectives import objectives

@@ -34,7 +34,7 @@ def write(teacher: Teacher, facts: dict[str, Any], name: str) -> str:
 def _front(teacher: Teacher, facts: dict[str, Any]) -> ModelCardData:
     lora = facts["form"] == "lora"
     objective = (facts["record"].get("config") or {}).get("objective") or {}
-    kind = "text-to-image" if teacher.family.text else "unconditional-image-generation"
+    kind = "text-to-image" if facts["text"] else "unconditional-image-generation"
     tags = [kind, "diffusers", *(["lora"] if lora else []), "few-step", "distillation"]
     if "name" in objective:
         tags.append(str(objective["name"]))
@@ -67,7 +67,7 @@ def _summary(facts: dict[str, Any]) -> str:
 def snippet(facts: dict[str, Any], name: str) -> str:
     """Lines that run this very export with stock Diffusers, from the folder above it."""
     call = ", ".join(f"{k}={v!r}" for k, v in facts["call"].items())
-    prompt = '"a small red circle on a white background", ' if "guidance_scale" in facts["call"] else ""
+    prompt = '"a small red circle on a white background", ' if facts["text"] else ""
     run = f'image = pipe({prompt}{call}, generator=torch.manual_seed(0)).images[0]\nimage.save("image.png")\n'
     place = f"folder = {name!r}  # where this folder lies, or its hub id\n"
     if facts["form"] == "full":
@@ -85,7 +85,7 @@ def snippet(facts: dict[str, Any], name: str) -> str:
 
 def _hints(facts: dict[str, Any]) -> str:
     lines = ["The scheduler saved here gives the trained times; with another one, or with guidance, the pictures are worse."]
-    if "guidance_scale" in facts["call"]:
+    if facts["text"]:
         lines.append(f"`guidance_scale={facts['call']['guidance_scale']!r}` is no guidance: the student needs none.")
     if facts["form"] == "lora":
         lines.append("The LoRA's alpha equals its rank: strength 1.0 is right in every reader.")

@@ -21,7 +21,7 @@ def save(folder: Path, round_: int, files: Mapping[str, Mapping[str, Tensor]], s
 
     files: name -> tensors, one safetensors file each. state: what else is needed, JSON. Older ones beyond `keep` are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for rest in folder.glob(".*"):
+    for rest in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
         shutil.rmtree(rest)  # what a killed save or a killed removal left
     scratch, target = folder / f".writing-{os.getpid()}", folder / f"step-{round_:07d}"
     scratch.mkdir()
@@ -55,14 +55,18 @@ def load(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     try:
         state = json.loads((place / "state.json").read_text())
         if state["format"] != FORMAT:
-            raise ValueError(f"{place} has checkpoint format {state['format']}, this fewstep reads {FORMAT}; use the version that wrote it")
+            raise ValueError(
+                f"{place} has checkpoint format {state['format']}, this fewstep reads {FORMAT}; use the version that wrote it"
+            )
         files = {}
         for name, size in state["files"].items():
             if (place / name).stat().st_size != size:
                 raise SafetensorError(f"{name} is {(place / name).stat().st_size} bytes long, {size} were written")
             files[name.removesuffix(".safetensors")] = load_file(place / name)
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {place} is damaged ({error}); remove that folder to go on from the one before it") from error
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"checkpoint {place} is damaged ({error}); remove that folder to go on from the one before it"
+        ) from error
     return files, state
 
 

@@ -39,7 +39,9 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command("list")
-def list_(what: Annotated[str, typer.Argument(help="objectives, teachers or configs")] = "objectives", as_json: Json = False) -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="objectives, teachers or configs")] = "objectives", as_json: Json = False
+) -> None:
     """The objectives, teachers or configs there are."""
     from fewstep.listing import listing
 
@@ -81,10 +83,16 @@ def train(
     try:
         run = api.train(load(config, set_ or ()), folder, resume=resume)
     except KeyboardInterrupt:
-        typer.echo(f"stopped; to go on: fewstep train {config} --out {folder} --resume")
+        stored = folder / "config.yaml"
+        again = (
+            f"fewstep train {stored} --out {folder} --resume" if stored.exists() else "the same command, for nothing was begun"
+        )
+        typer.echo(f"stopped; to go on: {again}")
         raise typer.Exit(130) from None
     if int(os.environ.get("RANK", "0")) == 0:
-        typer.echo(f"trained: {run.place}\nnext: fewstep sample {folder} --prompt '...' | fewstep export {folder} --to OUT | fewstep eval {folder} --protocol sprites")
+        typer.echo(
+            f"trained: {run.place}\nnext: fewstep sample {folder} --prompt '...' | fewstep export {folder} --to OUT | fewstep eval {folder} --protocol sprites"
+        )
 
 
 @app.command()
@@ -136,7 +144,9 @@ def eval_(
     target: Path,
     protocol: Annotated[str, typer.Option(help="The name of a protocol in eval/protocols, or a YAML file.")],
     out: Annotated[Path | None, typer.Option(help="JSON file; results.json in the target if not given.")] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="Student step counts; 1, 2, 4 and the trained one if not given.")] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Student step counts; 1, 2, 4 and the trained one if not given.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure the teacher again instead of reading its card.")] = False,
     teacher: Annotated[bool, typer.Option(help="Rows of the teacher beside the student's.")] = True,
 ) -> None:
@@ -170,8 +180,8 @@ def main() -> None:
         if click_error and hasattr(error, "format_message"):
             print(f"fewstep: {error.format_message()}", file=sys.stderr)
             sys.exit(2)
-        if isinstance(error, ValueError | FileNotFoundError | PermissionError) and not os.environ.get("FEWSTEP_TRACEBACK"):
-            print(f"fewstep: {error}", file=sys.stderr)
+        if isinstance(error, ValueError | OSError) and not os.environ.get("FEWSTEP_TRACEBACK"):
+            print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         raise
 

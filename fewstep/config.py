@@ -63,7 +63,10 @@ class Config(_Strict):
         if isinstance(value, Objective):
             return value
         kind = objectives()[value["name"]]
-        return TypeAdapter(kind).validate_python({k: v for k, v in value.items() if k != "name"})
+        try:
+            return TypeAdapter(kind).validate_python({k: v for k, v in value.items() if k != "name"})
+        except ValidationError as error:  # nested, its message would be a paragraph
+            raise ValueError(_first(error)) from error
 
     @field_serializer("objective")
     def _fields(self, value: Objective) -> dict[str, Any]:
@@ -105,7 +108,10 @@ def override(tree: dict[str, Any], text: str) -> None:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise ValueError(f"--set {text}: {name} holds a value, not further settings")
-    tree[leaf] = yaml.safe_load(value)
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text}: the value is not YAML; put it in quotes") from error
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
@@ -119,17 +125,29 @@ def parse(tree: Mapping[str, Any]) -> Config:
     if not isinstance(chosen, Mapping) or "name" not in chosen:
         raise ValueError(f"objective needs a name, one of: {', '.join(known)}")
     if chosen["name"] not in known:
-        raise ValueError(f"objective.name: {chosen['name']!r} is not known{_hint(str(chosen['name']), known)}; there are: {', '.join(known)}")
+        raise ValueError(
+            f"objective.name: {chosen['name']!r} is not known{_hint(str(chosen['name']), known)}; there are: {', '.join(known)}"
+        )
     check_keys(chosen, ["name", *(f.name for f in dataclasses.fields(known[chosen["name"]]))], "objective")  # type: ignore[arg-type]
     try:
         config = Config.model_validate(dict(tree))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(x) for x in first["loc"])
-        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise ValueError(_first(error)) from error
     if (config.data.prompts is None) == (config.data.images is None):
         raise ValueError("data needs exactly one of prompts and images, as in data: {prompts: zoo:sprites}")
+    if config.objective.needs.images and config.data.images is None:
+        raise ValueError(
+            f"objective {chosen['name']} needs images: add data.images (a folder, or zoo:sprites) in place of data.prompts"
+        )
     return config
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that pydantic objects to, as one sentence with its dotted place."""
+    first = error.errors()[0]
+    where = ".".join(str(x) for x in first["loc"])
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {said}" if where else said
 
 
 def check_keys(tree: Any, known: Any, where: str) -> None:
@@ -138,7 +156,9 @@ def check_keys(tree: Any, known: Any, where: str) -> None:
         raise ValueError(f"{where or 'the config'} must hold settings, not {tree!r}")
     for key in tree:
         if key not in known:
-            raise ValueError(f"{where + '.' if where else ''}{key}: unknown option{_hint(str(key), known)}; known: {', '.join(known)}")
+            raise ValueError(
+                f"{where + '.' if where else ''}{key}: unknown option{_hint(str(key), known)}; known: {', '.join(known)}"
+            )
 
 
 def _hint(word: str, known: Any) -> str:

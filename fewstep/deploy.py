@@ -58,7 +58,11 @@ def seen_times(
         call |= {"height": 2 * factor, "width": 2 * factor}
     probe = pipeline(**parts)
     probe.set_progress_bar_config(disable=True)
-    probe(**call)
+    try:
+        probe(**call)
+    except (ValueError, ArithmeticError, IndexError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"{type(scheduler).__name__} cannot make {steps} steps ({said}); choose another step count") from error
     return recorder.times
 
 
@@ -66,5 +70,7 @@ def falling(schedule: NoiseSchedule, seen: Sequence[float], steps: int) -> tuple
     """Model times as t. Raises ValueError if they are not `steps` falling ones."""
     times = schedule.t_of_model_time(torch.tensor(seen, dtype=torch.float64)).tolist()
     if len(times) != steps or any(b >= a for a, b in zip(times, times[1:], strict=False)):
-        raise ValueError(f"the deployed scheduler cannot make {steps} falling steps (it made {len(times)}); choose another step count")
+        raise ValueError(
+            f"the deployed scheduler cannot make {steps} falling steps (it made {len(times)}); choose another step count"
+        )
     return tuple(times)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import shutil
 import subprocess
@@ -46,8 +47,8 @@ def export(
     """Writes the student `weights` (named as Role.weights() does) to the folder `to`, whole or not at all, and returns it.
 
     form: "lora", "full" (a LoRA is merged), or None for the student's own where the family can load it. layout: a LoRA's key
-    names, "diffusers" or "kohya". record: how it was made, JSON-able, {"config": {...}, "results": {"rows": [...]}, ...}: the card names the
-    objective and shows the rows.
+    names, "diffusers" or "kohya". record: how it was made, JSON-able; the card names the objective of record["config"] and shows
+    the table record["results"]["rows"] where they are there.
     Raises ValueError if `to` holds something else, or the family, form, layout and sampler do not go together."""
     to = Path(to).absolute()
     form = _form(teacher, kind, form, layout)
@@ -141,11 +142,16 @@ def _deployed(teacher: Teacher, student: Role, folded: dict[str, Tensor], schedu
     if folded:
         net = copy.deepcopy(teacher.net)
         net.load_state_dict(loraformat.merge(net.state_dict(), folded))
-    if not teacher.family.text:  # DDPMPipeline calls its scheduler in a way only DDPM's own understands
-        return diffusers.DDIMPipeline(unet=net, scheduler=scheduler)
+    parts = {teacher.family.component: net, "scheduler": scheduler}
+    if teacher.family.deployed:
+        return getattr(diffusers, teacher.family.deployed)(**parts)
     pipe = copy.copy(teacher.pipe)
-    pipe.register_modules(**{teacher.family.component: net, "scheduler": scheduler})
+    pipe.register_modules(**parts)
     return pipe
+
+
+def _takes_text(teacher: Teacher) -> bool:
+    return "prompt" in inspect.signature(type(teacher.pipe).__call__).parameters
 
 
 def _facts(
@@ -159,9 +165,9 @@ def _facts(
     times: dict[int, tuple[float, ...]],
     record: dict[str, Any],
 ) -> dict[str, Any]:
-    family = teacher.family
+    family, text = teacher.family, _takes_text(teacher)
     call: dict[str, Any] = {"num_inference_steps": steps}
-    if family.text:
+    if text:
         call["guidance_scale"] = family.guidance(1.0)
     if family.sized:
         call["height"], call["width"] = teacher.resolution
@@ -178,6 +184,7 @@ def _facts(
         "pipeline": type(deployed).__name__,
         "component": family.component,
         "scheduler": type(scheduler).__name__,
+        "text": text,
         "form": form,
         "sampler": sampler,
         "steps": steps,
@@ -210,8 +217,8 @@ class _Draws:
 def _write_reference(teacher: Teacher, student: Role, sampler: str, times: dict[int, tuple[float, ...]], to: Path) -> None:
     """fewstep's own pictures, float32: what the stock pipeline must draw from the same latents, prompts and seed.
 
-    Of large pictures every `stride`-th row and column is kept. Pipelines without text draw their latents themselves: so does this."""
-    text = teacher.family.text
+    Of large pictures every `stride`-th row and column is kept. Pipelines without text draw their latents themselves, as here."""
+    text = _takes_text(teacher)
     denoiser = teacher.denoiser(student)
     prompts = list(PROMPTS) if text else ["", ""]
     cond = teacher.encode(prompts)

@@ -157,7 +157,9 @@ def set_weights(role: Role, tensors: Mapping[str, Tensor]) -> None:
     """Copies named tensors into a role's own parameters. Raises ValueError if the names differ."""
     own = role.weights()
     if missing := sorted(set(own) ^ set(tensors)):
-        raise ValueError(f"the stored {role.name} has other weights than this config makes (first: {missing[0]}); use the config it was made with")
+        raise ValueError(
+            f"the stored {role.name} has other weights than this config makes (first: {missing[0]}); use the config it was made with"
+        )
     with torch.no_grad():
         for key, p in own.items():
             p.copy_(tensors[key])

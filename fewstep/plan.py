@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from fewstep.adapters import Family, family_of, make_scheduler, teacher_folder
+from fewstep.adapters import Family, family_of, make_scheduler, pipeline_name, teacher_folder
 from fewstep.config import Config
 from fewstep.deploy import falling, seen_times
 from fewstep.networks import Full, Lora, build
@@ -19,8 +19,10 @@ def plan(config: Config) -> dict[str, Any]:
     """Deploy grid, roles, parameters, memory and disk of a run. Raises ValueError for what could not work."""
     folder = teacher_folder(config.teacher.path)
     if folder is None:
-        raise ValueError(f"{config.teacher.path} is a hub id; plan reads folders only, so that it needs no network: save the pipeline first")
-    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        raise ValueError(
+            f"{config.teacher.path} is a hub id; plan reads folders only, so that it needs no network: save the pipeline first"
+        )
+    name = pipeline_name(folder)
     family = family_of(name)
     net, scheduler = _skeleton(folder, family)
     schedule = family.schedule(scheduler)
@@ -28,7 +30,9 @@ def plan(config: Config) -> dict[str, Any]:
     kind, words = getattr(diffusers, family.deployed or name), family.no_words(dict(net.config))
     grids = {}
     for n in sorted({1, 2, 4, config.objective.steps}):
-        seen = seen_times(kind, family.component, net, _config_of(folder, "vae"), make_scheduler(family, scheduler.config, sampler), n, words)
+        seen = seen_times(
+            kind, family.component, net, _config_of(folder, "vae"), make_scheduler(family, scheduler.config, sampler), n, words
+        )
         falling(schedule, seen, n)
         grids[str(n)] = [round(x, 3) for x in seen]
     base = sum(p.numel() for p in net.parameters())

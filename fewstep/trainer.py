@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fewstep import checkpoint
 from fewstep.data import Source
@@ -22,6 +21,7 @@ from fewstep.ema import Ema
 from fewstep.monitor import Log, Meter
 from fewstep.networks import Role, set_weights
 from fewstep.objectives.base import Batch, Losses, Nets, Objective
+from fewstep.progress import track
 from fewstep.stream import stream
 
 
@@ -116,11 +116,10 @@ class Player:
         return {f"{k}:{name}": v for k, p in zip(self.keys, self.parameters, strict=True) for name, v in state.get(p, {}).items()}
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        state = self.optimizer.optimizer.state
-        for key, p in zip(self.keys, self.parameters, strict=True):
-            mine = {name.rpartition(":")[2]: v for name, v in tensors.items() if name.rpartition(":")[0] == key}
-            if mine:
-                state[p] = {name: v.to(p.device) for name, v in mine.items()}
+        state, own = self.optimizer.optimizer.state, dict(zip(self.keys, self.parameters, strict=True))
+        for name, value in tensors.items():
+            key, _, part = name.rpartition(":")
+            state[own[key]][part] = value.to(own[key].device)
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -147,7 +146,7 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
         start = _restore(job, players, ema)
         log.forget_after(start)
     meter, began = Meter(), time.perf_counter()
-    bar = tqdm(range(start, settings.rounds), initial=start, total=settings.rounds, desc="train", disable=not accelerator.is_main_process)
+    bar = track(range(start, settings.rounds), "train", settings.rounds, start=start)
     with _interruptible() as stopped:
         for round_ in bar:
             for i, turn in enumerate(job.objective.round(round_)):
@@ -167,18 +166,23 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
                 for name, value in {**{k: v.mean() for k, v in losses.terms.items()}, "grad_norm": norm, **losses.stats}.items():
                     meter.add(f"{turn.player}/{name}", value)
             done = round_ + 1
-            last = done == settings.rounds or stopped()
+            stop = _agreed(stopped(), done % settings.log_every == 0, accelerator)
+            last = done == settings.rounds or stop
             if done % settings.log_every == 0 or last:
                 _check(players, done)
-                record = {"round": done, "seconds": time.perf_counter() - began, **meter.take(lambda x: accelerator.reduce(x, "mean"))}
+                record = {
+                    "round": done,
+                    "seconds": time.perf_counter() - began,
+                    **meter.take(lambda x: accelerator.reduce(x, "mean")),
+                }
                 record |= {f"{name}/skipped": float(p.skipped) for name, p in players.items()}
                 log.write(record)
-                bar.set_postfix({k: f"{v:.3g}" for k, v in record.items() if k.endswith(("/dm", "/consistency", "/denoise"))}, refresh=False)
+                bar.note = ", ".join(f"{k} {v:.3g}" for k, v in record.items() if k.endswith(("/dm", "/consistency", "/denoise")))
             if done % settings.save_every == 0 or last:
                 place = _save(job, players, ema, done, accelerator)
             if job.preview and accelerator.is_main_process and (done % settings.preview_every == 0 or last):
                 job.preview(done, ema.shadow)
-            if stopped():
+            if stop:
                 raise KeyboardInterrupt
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -191,9 +195,16 @@ def _check(players: Mapping[str, Player], done: int) -> None:
     for name, player in players.items():
         if player.streak >= 10:
             raise Diverged(
-                f"the {name}'s gradient has not been finite for {int(player.streak)} updates (round {done}); lower train.lr or train.clip, "
-                "and go on with --resume from the last checkpoint"
+                f"the {name}'s gradient has not been finite for {int(player.streak)} updates in a row (round {done}); "
+                "start a new run with a lower train.lr, or with train.dtype: float32"
             )
+
+
+def _agreed(stop: bool, due: bool, accelerator: Accelerator) -> bool:
+    """Whether to stop after this round. Several processes, each of which is told at another instant, ask one another where it is due."""
+    if accelerator.num_processes == 1:
+        return stop
+    return due and bool(accelerator.reduce(torch.tensor(float(stop), device=accelerator.device)) > 0)
 
 
 def _save(job: Job, players: Mapping[str, Player], ema: Ema, done: int, accelerator: Accelerator) -> Path | None:
@@ -214,7 +225,9 @@ def _restore(job: Job, players: Mapping[str, Player], ema: Ema) -> int:
         return 0
     files, state = checkpoint.load(place)
     if state["roles"] != list(players):
-        raise ValueError(f"{place} holds the roles {state['roles']}, this config trains {list(players)}; use the config it was made with")
+        raise ValueError(
+            f"{place} holds the roles {state['roles']}, this config trains {list(players)}; use the config it was made with"
+        )
     for name, player in players.items():
         set_weights(player.role, files[name])
         player.load_optimizer(files[f"optimizer-{name}"])

@@ -59,7 +59,7 @@ def tiny_sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
             intermediate_size=16,
             num_hidden_layers=1,
             num_attention_heads=2,
-            max_position_embeddings=77,
+            max_position_embeddings=128,
             bos_token_id=vocab["<|startoftext|>"],
             eos_token_id=vocab["<|endoftext|>"],
         )
@@ -84,7 +84,7 @@ def tiny_sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(
             vae=tiny_vae(),
             text_encoder=CLIPTextModel(text),
-            tokenizer=CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77),
+            tokenizer=CLIPTokenizer(vocab=vocab, merges=[], model_max_length=128),
             unet=unet,
             scheduler=scheduler,
             safety_checker=None,
@@ -100,7 +100,7 @@ def tiny_zimage_pipeline(seed: int = 0) -> ZImagePipeline:
     vocab = {token: i for i, token in enumerate([*LETTERS, "<|endoftext|>", "<|im_end|>"])}
 
     def make() -> ZImagePipeline:
-        tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token="<|im_end|>", model_max_length=80)
+        tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token="<|im_end|>", model_max_length=128)
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>"
         text = Qwen3Config(
             vocab_size=len(vocab),

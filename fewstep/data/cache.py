@@ -73,6 +73,7 @@ def _store(file: Path, text: str, tensors: dict[str, Tensor]) -> None:
     beside = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.tmp")
     try:
         save_file(tensors, beside, metadata={"key": text, "crc32": _checksum(tensors)})
+        beside.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes it the owner's alone; a cache may be shared
         with beside.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(beside, file)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fewstep.data.cache import cached
 from fewstep.data.images import ImageSet, read_images
 from fewstep.data.prompts import read_prompts
 from fewstep.denoiser import Cond, cat
+from fewstep.progress import track
 from fewstep.stream import Stream
 
 if TYPE_CHECKING:
@@ -117,7 +115,8 @@ def _weights(module: nn.Module) -> str:
 def _has_conditions(teacher: Teacher) -> bool:
     from fewstep.adapters import net_config
 
-    return teacher.family.text or bool(net_config(teacher.net).get("num_class_embeds"))
+    reads = any(k.startswith("text_encoder") and v is not None for k, v in teacher.pipe.components.items())
+    return reads or bool(net_config(teacher.net).get("num_class_embeds"))
 
 
 def _conds_key(texts: list[str]) -> dict[str, str]:
@@ -125,7 +124,7 @@ def _conds_key(texts: list[str]) -> dict[str, str]:
 
 
 def _encode(teacher: Teacher, texts: list[str], batch: int, progress: bool) -> dict[str, Tensor]:
-    starts = _batches(len(texts), batch, "encoding prompts", progress)
+    starts = track(range(0, len(texts), batch), "encoding prompts", len(texts), each=batch, active=progress)
     cond = cat([teacher.encode(texts[i : i + batch]).to("cpu") for i in starts])
     both = {"cond.": cond, "null.": teacher.null()}
     return {name + k: v for name, c in both.items() for k, v in c.tensors.items()}
@@ -139,13 +138,5 @@ def _to_latents(teacher: Teacher, images: ImageSet, batch: int, progress: bool) 
     def one(start: int) -> Tensor:
         return teacher.to_latents(images.load(range(start, min(start + batch, len(images))), teacher.resolution))
 
-    return {"latents": torch.cat([one(i) for i in _batches(len(images), batch, "encoding images", progress)])}
-
-
-def _batches(n: int, batch: int, what: str, progress: bool) -> Iterator[int]:
-    """The start of each batch, with a bar that counts samples."""
-    every = 0.5 if sys.stderr.isatty() else 30.0  # a log file wants few lines
-    with tqdm(total=n, desc=what, disable=not progress, mininterval=every) as bar:
-        for start in range(0, n, batch):
-            yield start
-            bar.update(min(batch, n - start))
+    starts = track(range(0, len(images), batch), "encoding images", len(images), each=batch, active=progress)
+    return {"latents": torch.cat([one(i) for i in starts])}

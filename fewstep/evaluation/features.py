@@ -96,7 +96,7 @@ class OpenClip:
     """An open_clip model in eval mode: both towers, its stock preprocessing, its tokenizer, and an id of all of them."""
 
     id: str
-    model: torch.nn.Module
+    model: Any  # a module with encode_image, encode_text and visual
     preprocess: Callable[[Any], torch.Tensor]
     tokenizer: Callable[[list[str]], torch.Tensor]
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class Moments:
     def save(self, path: str | Path) -> None:
         """Writes an .npz that other FID tools read (mu, sigma), plus n, extractor and source_sha256; whole or not at all."""
         path = Path(path)
-        extra = {} if self.n is None else {"n": np.int64(self.n)}
+        extra: dict[str, Any] = {} if self.n is None else {"n": np.int64(self.n)}
         part = path.with_name(path.name + f".{os.getpid()}.tmp")
         with part.open("wb") as file:
             np.savez(

@@ -23,7 +23,7 @@ from fewstep.zoo.training import train
 POOL_SEEDS, POOL_CHUNK = tuple(range(1000, 1015)), 4000  # 60,000 drawings
 VAE_STEPS, VAE_BATCH, VAE_LR = 4600, 16, 2e-3
 CLIP_STEPS, CLIP_BATCH = 1200, 128
-TEACHER_STEPS, TEACHER_BATCH, TEACHER_LR = 4500, 64, 2e-3
+TEACHER_STEPS, TEACHER_BATCH, TEACHER_LR = 8500, 64, 2e-3
 
 
 def pool(work: Path) -> np.ndarray:

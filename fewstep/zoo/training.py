@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+
+from fewstep.progress import track
 
 Loss = Callable[[int, torch.Generator], torch.Tensor]
 
@@ -39,7 +40,7 @@ def train(
     mean = {k: p.detach().clone() for k, p in weights.items()}
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     start = _resume(file, module, weights, mean, optimizer) if file.exists() else 0
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    bar = track(range(start, steps), name, steps, start=start)
     module.train()
     running, began = 0.0, time.time()
     for step in bar:
@@ -55,7 +56,7 @@ def train(
             torch._foreach_lerp_(list(mean.values()), list(weights.values()), 1 - decay)
         running = 0.98 * running + 0.02 * float(value.detach())
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{running / (1 - 0.98 ** (step - start + 1)):.4f}", refresh=False)
+            bar.note = f"loss {running / (1 - 0.98 ** (step - start + 1)):.4f}"
         if (step + 1) % 500 == 0 or step + 1 == steps:
             _save(file, step + 1, module, weights, mean, optimizer)
     if start < steps:

@@ -109,6 +109,12 @@ def test_the_data_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
     assert events == ["fsync", True]
 
 
+def test_whoever_may_read_the_folder_may_read_the_file(tmp_path):
+    tmp_path.chmod(0o755)
+    cached(tmp_path, KEY, Made())
+    assert the_file(tmp_path).stat().st_mode & 0o777 == 0o644
+
+
 def test_a_key_that_is_not_json_is_refused(tmp_path):
     with pytest.raises(TypeError):
         cached(tmp_path, {"x": torch.ones(1)}, Made())

@@ -1,0 +1,219 @@
+"""Exports as files: key names, folded alpha, what is refused, and that a folder is written whole or not at all."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, safe_open, save_file
+from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
+
+from fewstep import card, loraformat
+from fewstep.adapters import Teacher, load_teacher
+from fewstep.export import FACTS, LORA_FILE, _restore, export
+from fewstep.networks import Full, Lora, build
+
+LORA = Lora(rank=4, alpha=12.0)  # scale 3: a reader that gets it wrong is far off
+RECORD = {
+    "config": {"objective": {"name": "dmd", "steps": 4}},
+    "results": {"rows": [{"model": "student", "steps": 4, "fd": 1.23456}]},
+}
+
+
+def student(teacher: Teacher, kind: Full | Lora) -> dict[str, torch.Tensor]:
+    """A student as training leaves it: every weight has moved, so B is not zero."""
+    role = build(copy.deepcopy(teacher.net), {"student": kind}, lora_targets=teacher.family.lora_targets)["student"]
+    rng = torch.Generator().manual_seed(3)
+    return {k: v.detach() + 0.05 * torch.randn(v.shape, generator=rng) for k, v in role.weights().items()}
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory) -> Teacher:
+    folder = save(tiny_sd_pipeline(), tmp_path_factory.mktemp("teachers") / "sd")
+    (folder / "README.md").write_text("---\nlicense: openrail\ntags: [x]\n---\nA card.\n")
+    return load_teacher(str(folder))
+
+
+@pytest.fixture(scope="module")
+def zimage(tmp_path_factory) -> Teacher:
+    return load_teacher(str(save(tiny_zimage_pipeline(), tmp_path_factory.mktemp("teachers") / "zimage")))
+
+
+@pytest.fixture(scope="module")
+def lora(sd, tmp_path_factory) -> Path:
+    to = tmp_path_factory.mktemp("exports") / "student"
+    return export(sd, LORA, student(sd, LORA), sampler="renoise", steps=4, to=to, record=RECORD)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def deltas(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What each adapted layer adds to its weight, by PEFT's own account."""
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {n: m.get_delta_weight(m.active_adapters[0]).detach() for n, m in layers.items()}
+
+
+@pytest.mark.parametrize("metadata", ["with its metadata", "without"])
+def test_the_stock_reader_applies_the_strength_of_training(sd, lora, metadata, tmp_path):
+    roles = build(copy.deepcopy(sd.net), {"default": LORA}, lora_targets=sd.family.lora_targets)
+    weights = student(sd, LORA)
+    for key, p in roles["default"].weights().items():
+        p.data.copy_(weights[key])
+    for module in roles["default"].net.modules():
+        if isinstance(module, BaseTunerLayer):
+            module._active_adapter = ["default"]
+    wanted = deltas(roles["default"].net)
+
+    folder = lora
+    if metadata == "without":
+        save_file(load_file(lora / LORA_FILE), tmp_path / LORA_FILE)
+        folder = tmp_path
+    pipe = StableDiffusionPipeline.from_pretrained(sd.path)
+    pipe.load_lora_weights(folder)
+    got = deltas(pipe.unet)
+    assert got.keys() == wanted.keys()
+    assert any(v.ndim == 4 for v in got.values())
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def test_the_lora_says_in_its_header_that_alpha_is_rank(lora):
+    with safe_open(lora / LORA_FILE, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.r"] == metadata["unet.lora_alpha"] == LORA.rank
+    assert all(k.startswith("unet.") for k in load_file(lora / LORA_FILE))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("family", ["sd", "zimage"])
+def test_names_round_trip(family, layout, request):
+    teacher = request.getfixturevalue(family)
+    names = loraformat.naming(layout, teacher.family.component)
+    folded = loraformat.fold(student(teacher, LORA), LORA.scale)
+    layers = [n for n, _ in teacher.net.named_modules()]
+    spelt = loraformat.spell(folded, names)
+    back = loraformat.unspell(spelt, names, layers)
+    assert back.keys() == folded.keys()
+    assert all(torch.equal(back[k], folded[k]) for k in folded)
+    with pytest.raises(ValueError, match="belongs to no layer"):
+        loraformat.unspell({**spelt, names.stem("nowhere") + names.a: torch.zeros(1)}, names, layers)
+
+
+def test_kohya_names_are_those_of_comfyui():
+    pair = {"mid.attn1.to_out.0.lora_A.weight": torch.zeros(2, 3), "mid.attn1.to_out.0.lora_B.weight": torch.zeros(3, 2)}
+    unet = loraformat.spell(pair, loraformat.naming("kohya", "unet"))
+    stem = "lora_unet_mid_attn1_to_out_0"
+    assert set(unet) == {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"}
+    assert float(unet[f"{stem}.alpha"]) == 2
+    dit = loraformat.spell(pair, loraformat.naming("kohya", "transformer"))
+    assert set(dit) == {f"diffusion_model.{k}" for k in pair}
+
+
+def test_a_stated_alpha_counts_when_names_are_read():
+    names = loraformat.naming("kohya", "unet")
+    spelt = loraformat.spell({"m.lora_A.weight": torch.ones(2, 3), "m.lora_B.weight": torch.ones(3, 2)}, names)
+    spelt["lora_unet_m.alpha"] = torch.tensor(1.0)
+    assert torch.equal(loraformat.unspell(spelt, names, ["m"])["m.lora_B.weight"], torch.full((3, 2), 0.5))
+
+
+def test_half_a_lora_is_refused():
+    with pytest.raises(ValueError, match="one half of a LoRA"):
+        loraformat.modules(["a.lora_A.weight"])
+
+
+def test_what_is_recorded(sd, lora):
+    facts = json.loads((lora / FACTS).read_text())
+    assert facts["times"] == {"1": [999.0], "2": [999.0, 499.0], "4": [999.0, 749.0, 499.0, 249.0]}
+    assert facts["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64}
+    assert facts["record"] == RECORD and facts["form"] == "lora" and facts["teacher"]["path"] == sd.path
+
+
+def test_the_card_states_what_is_known_and_invents_no_licence(sd, zimage, lora):
+    made = ModelCard.load(lora / "README.md")
+    data = made.data.to_dict()
+    assert data["license"] == "openrail" and data["library_name"] == "diffusers" and "base_model" not in data
+    assert {"lora", "few-step", "dmd"} <= set(data["tags"])
+    assert "14.6146, 4.0" in made.text and "999, 749, 499, 249" in made.text and "| student | 4 | 1.235 |" in made.text
+    facts = json.loads((lora / FACTS).read_text())
+    front = card._front(replace(zimage, path="owner/model"), facts).to_dict()
+    assert (front["base_model"], front["base_model_relation"]) == ("owner/model", "adapter")
+    assert "license" not in front
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "layout", "says"),
+    [
+        (Full(), "lora", "diffusers", "form='full'"),
+        (LORA, "full", "kohya", "form='lora'"),
+        (LORA, "both", "diffusers", "'lora' or 'full'"),
+        (LORA, "lora", "comfy", "diffusers, kohya"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused_with_a_remedy(sd, kind, form, layout, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        export(sd, kind, {}, sampler="renoise", steps=4, to=tmp_path / "out", form=form, layout=layout, record={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_without_lora_loader_is_told_to_export_full(tmp_path):
+    teacher = load_teacher(str(save(tiny_ddpm_pipeline(), tmp_path / "ddpm")))
+    with pytest.raises(ValueError, match="form='full'"):
+        export(teacher, LORA, {}, sampler="ddim", steps=4, to=tmp_path / "out", form="lora", record={})
+
+
+def test_weights_of_another_network_are_refused(sd, tmp_path):
+    weights = {k.replace("down_blocks.0", "down_blocks.7"): v for k, v in student(sd, Full()).items()}
+    with pytest.raises(ValueError, match="other weights"):
+        export(sd, Full(), weights, sampler="renoise", steps=4, to=tmp_path / "out", record={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_foreign_folder_is_left_alone(sd, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not a fewstep export"):
+        export(sd, LORA, student(sd, LORA), sampler="renoise", steps=4, to=tmp_path / "thesis", record={})
+    assert contents(tmp_path) == {"thesis/thesis.tex": b"years of work"}
+
+
+def test_an_export_that_dies_leaves_nothing_or_the_one_before(sd, tmp_path, monkeypatch):
+    def export_it() -> Path:
+        return export(sd, LORA, student(sd, LORA), sampler="renoise", steps=4, to=tmp_path / "out", record=RECORD)
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(card, "write", die)
+        export_it()
+    assert not list(tmp_path.iterdir())
+
+    before = contents(export_it())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(card, "write", die)
+        export_it()
+    assert contents(tmp_path) == {f"out/{k}": v for k, v in before.items()}
+
+    (tmp_path / "out" / "mine.txt").write_text("of an earlier export")
+    after = contents(export_it())
+    assert after.keys() == before.keys()  # replaced as a whole
+    (tmp_path / "out").rename(tmp_path / ".out.old")  # as a kill between the two renames leaves it
+    _restore(tmp_path / "out")
+    assert contents(tmp_path) == {f"out/{k}": v for k, v in after.items()}
+
+
+def test_a_base_that_training_changed_is_read_again(sd, tmp_path):
+    teacher = load_teacher(sd.path)
+    role = build(teacher.net, {"student": LORA}, lora_targets=teacher.family.lora_targets, dtype=torch.bfloat16)["student"]
+    out = export(teacher, LORA, role.weights(), sampler="renoise", steps=4, to=tmp_path / "out", form="full", record={})
+    saved = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == sd.net.state_dict().keys()
+    for key, value in sd.net.state_dict().items():  # B of a fresh adapter is zero: the teacher itself
+        assert torch.equal(saved[key], value)

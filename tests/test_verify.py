@@ -1,0 +1,204 @@
+"""Every kind of export is proved in a fresh process without fewstep, and every way of breaking one is found."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from test_export import LORA, RECORD, student
+from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
+
+from fewstep import proof
+from fewstep.adapters import load_teacher
+from fewstep.export import LORA_FILE, export
+from fewstep.networks import Full
+from fewstep.verify import OFFLINE, verify
+
+TEACHERS = {"sd": tiny_sd_pipeline, "zimage": tiny_zimage_pipeline, "ddpm": tiny_ddpm_pipeline}
+# name: (teacher, the student's kind, sampler, trained steps, form, layout)
+EXPORTS = {
+    "sd-lora": ("sd", LORA, "renoise", 3, "lora", "diffusers"),
+    "sd-kohya": ("sd", LORA, "ddim", 4, "lora", "kohya"),
+    "sd-merged": ("sd", LORA, "ddim", 4, "full", "diffusers"),
+    "sd-full": ("sd", Full(), "renoise", 1, None, "diffusers"),
+    "zimage-lora": ("zimage", LORA, "ddim", 4, None, "diffusers"),
+    "zimage-kohya": ("zimage", LORA, "ddim", 4, "lora", "kohya"),
+    "zimage-full": ("zimage", Full(), "ddim", 2, None, "diffusers"),
+    "ddpm-merged": ("ddpm", LORA, "ddim", 4, None, "diffusers"),
+}
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import proof
+for job in json.loads(sys.argv[2]):
+    proof.main(*job)
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Holds the teachers and their exports by name."""
+    root = tmp_path_factory.mktemp("verify")
+    teachers = {name: load_teacher(str(save(make(), root / name))) for name, make in TEACHERS.items()}
+    for name, (family, kind, sampler, steps, form, layout) in EXPORTS.items():
+        teacher, made = teachers[family], {"form": form, "layout": layout, "record": RECORD}
+        export(teacher, kind, student(teacher, kind), sampler=sampler, steps=steps, to=root / name, **made)
+    return root
+
+
+@pytest.fixture(scope="module")
+def proofs(root, tmp_path_factory) -> dict[str, list[dict]]:
+    """The findings on every export but the first, by one fresh process: it starts in seconds, a proof takes less than one."""
+    scratch = str(tmp_path_factory.mktemp("scratch"))
+    names = list(EXPORTS)[1:]
+    jobs = [[str(root / name), str(root / EXPORTS[name][0]), scratch] for name in names]
+    command = [sys.executable, "-I", "-c", SCRIPT, str(Path(proof.__file__).parent), json.dumps(jobs)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE, cwd=scratch, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return dict(zip(names, [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("[{")], strict=True))
+
+
+def wanted(name: str) -> set[str]:
+    """The checks that an export must have passed."""
+    steps, form = EXPORTS[name][3], EXPORTS[name][4]
+    lora = {"LoRA on every layer at scale 1", "same picture without the LoRA's metadata"}
+    common = {f"{what} at {n}" for what in ("times", "pixels") for n in {1, 2, 4, steps}}
+    return (
+        common | {"no pickles", "same seed, same picture", "without fewstep"} | (lora if "lora" in (form, name[-4:]) else set())
+    )
+
+
+def test_verify_passes_a_good_export_wherever_the_teacher_lies(root, tmp_path):
+    moved = Path(shutil.copytree(root / "sd", tmp_path / "elsewhere"))
+    shutil.copytree(root / "sd-lora", tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "fewstep.json").read_text())
+    facts["teacher"]["path"] = str(tmp_path / "gone")
+    (tmp_path / "out" / "fewstep.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="there is no teacher at .*gone.*teacher_path"):
+        verify(tmp_path / "out")
+    report = verify(tmp_path / "out", str(moved))
+    assert report.ok, str(report)
+    assert {c.name for c in report.checks} >= wanted("sd-lora")
+
+
+@pytest.mark.parametrize("name", list(EXPORTS)[1:])
+def test_every_kind_of_export_is_proved(proofs, name):
+    assert not [c for c in proofs[name] if not c["ok"]]
+    assert {c["name"] for c in proofs[name]} >= wanted(name)
+
+
+@pytest.mark.parametrize("name", ["sd-lora", "zimage-full", "ddpm-merged"])
+def test_the_lines_on_the_card_run(root, name, monkeypatch):
+    lines = re.search(r"```python\n(.*?)```", (root / name / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(root)
+    (root / "image.png").unlink(missing_ok=True)
+    exec(lines, {})
+    assert (root / "image.png").stat().st_size > 0
+
+
+def rewrite(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def change_scheduler(out: Path) -> None:
+    rewrite(out / "scheduler" / "scheduler_config.json", original_inference_steps=50)
+
+
+def change_clipping(out: Path) -> None:  # the times stay: only the pixels tell
+    rewrite(out / "scheduler" / "scheduler_config.json", clip_sample=True)
+
+
+def scale_weight(out: Path) -> None:
+    """One LoRA layer, or one layer of the network, a quarter stronger."""
+    file = next(
+        f for f in (out / LORA_FILE, *out.glob("unet/*.safetensors"), *out.glob("transformer/*.safetensors")) if f.exists()
+    )
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    key = max(k for k in tensors if "to_v" in k and "lora_A" not in k)  # not to_q: a norm may undo its scale
+    save_file({**tensors, key: tensors[key] * 1.25}, file, metadata=metadata)
+
+
+def stretch_alpha(out: Path) -> None:
+    """What other exporters write: the scale in the header alone."""
+    with safe_open(out / LORA_FILE, "pt") as opened:
+        metadata = opened.metadata()
+    inner = json.loads(metadata["lora_adapter_metadata"])
+    inner["unet.lora_alpha"] *= 4
+    save_file(load_file(out / LORA_FILE), out / LORA_FILE, metadata={**metadata, "lora_adapter_metadata": json.dumps(inner)})
+
+
+def rename_layer(out: Path) -> None:
+    tensors = load_file(out / LORA_FILE)
+    first = min(tensors).split(".lora_")[0]
+    save_file({k.replace(first, "unet.nowhere") if k.startswith(first) else k: v for k, v in tensors.items()}, out / LORA_FILE)
+
+
+def add_pickle(out: Path) -> None:
+    torch.save({}, out / "optimizer.bin")
+
+
+@pytest.mark.parametrize(
+    ("name", "sabotage", "found"),
+    [
+        ("sd-lora", change_scheduler, {"times at 4", "pixels at 4"}),
+        ("sd-lora", change_clipping, {"pixels at 4"}),
+        ("sd-lora", scale_weight, {"pixels at 1", "pixels at 4"}),
+        ("zimage-full", scale_weight, {"pixels at 1", "pixels at 4"}),
+        ("sd-lora", stretch_alpha, {"LoRA on every layer at scale 1", "same picture without the LoRA's metadata", "pixels at 1"}),
+        ("sd-lora", rename_layer, {"LoRA on every layer at scale 1"}),
+        ("ddpm-merged", add_pickle, {"no pickles"}),
+    ],
+)
+def test_a_sabotaged_export_is_found_out(root, name, sabotage, found, tmp_path):
+    out = Path(shutil.copytree(root / name, tmp_path / "out"))
+    sabotage(out)
+    failed = {c["name"]: c["detail"] for c in proof.prove(out, str(root / EXPORTS[name][0]), tmp_path) if not c["ok"]}
+    assert found <= failed.keys()
+    assert all(text and "\n" not in text and "Traceback" not in text for text in failed.values())
+
+
+def test_a_lora_on_another_teacher_is_found_out(root, tmp_path):
+    other = Path(shutil.copytree(root / "sd", tmp_path / "other"))
+    rewrite(other / "model_index.json", _diffusers_version="0.0.1")
+    checks = proof.prove(root / "sd-lora", str(other), tmp_path)
+    assert [c["name"] for c in checks if not c["ok"]] == ["teacher"]
+
+
+def truncate(out: Path) -> None:
+    data = (out / LORA_FILE).read_bytes()
+    (out / LORA_FILE).write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "says"),
+    [
+        (truncate, f"{LORA_FILE} is damaged"),
+        (lambda out: (out / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is missing"),
+        (lambda out: (out / "fewstep.json").write_text("{"), "fewstep.json is damaged"),
+    ],
+)
+def test_verify_says_in_a_sentence_what_is_broken(root, sabotage, says, tmp_path):
+    out = Path(shutil.copytree(root / "sd-lora", tmp_path / "out"))
+    sabotage(out)
+    report = verify(out)
+    assert not report.ok
+    assert says in str(report) and "Traceback" not in str(report)
+
+
+def test_a_folder_that_is_no_export_is_refused(root):
+    with pytest.raises(ValueError, match="not a fewstep export"):
+        verify(root / "sd")
+
+
+def test_fewstep_cannot_be_imported_where_exports_are_proved():
+    with pytest.raises(ImportError):
+        proof.Blocker.find_spec("fewstep.losses")
+    assert proof.Blocker.find_spec("torch") is None

@@ -1,0 +1,298 @@
+"""Worlds whose denoisers are known exactly, for any schedule and any target, and small students that learn in them.
+
+A `clean` module maps (x (B, D), t, alpha, sigma, named conditions) to x0; `denoiser` makes it speak a network's native target, so
+that every test goes through the Denoiser that real networks use.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.denoiser import TARGETS, Cond, Denoiser
+from fewstep.objectives import Batch, Nets, Objective
+from fewstep.sampling import STEPS, Step, sample, uniform_grid
+from fewstep.schedules import EDM, DiscreteVP, NoiseSchedule, RectifiedFlow, TrigFlow, like
+from fewstep.stream import stream
+
+NOTHING = Cond({})
+
+
+def stable_diffusion() -> DiscreteVP:
+    """The table of SD 1.5 and SDXL: scaled-linear betas, 1000 levels."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return DiscreteVP(tuple((1 - betas).cumprod(0).tolist()))
+
+
+SCHEDULES: dict[str, NoiseSchedule] = {
+    "sd": stable_diffusion(),
+    "flow": RectifiedFlow(),
+    "flow-reversed": RectifiedFlow(clean_time=1.0, noise_time=0.0),
+    "edm": EDM(),
+    "trig": TrigFlow(),
+}
+
+# (schedule, target) as real teachers come, each of which may start at t = 1.
+TEACHERS = [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow"), ("flow-reversed", "flow"), ("edm", "sample"), ("trig", "v_prediction")]
+
+
+@dataclass(frozen=True)
+class OneLevel(NoiseSchedule):
+    """The same (alpha, sigma) at every t above 0: what a formula says of a single noise level can be checked as it stands."""
+
+    alpha: float
+    sigma: float
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        return torch.where(t > 0, self.alpha, 1.0).double(), torch.where(t > 0, self.sigma, 0.0).double()
+
+    def t_of_ratio(self, ratio: Tensor) -> Tensor:
+        return (ratio > 0).double()
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def t_of_model_time(self, time: Tensor) -> Tensor:
+        return time.double()
+
+
+def times(*t: float) -> Tensor:
+    """A batch of times, float64."""
+    return torch.tensor(t, dtype=torch.float64)
+
+
+def heard(schedule: NoiseSchedule, time: Tensor) -> Tensor:
+    """The t behind the float32 number that a network is fed; exact where t is a multiple of 1/1000 or of 1/1024."""
+    return (schedule.t_of_model_time(time.double()) * 1_024_000).round() / 1_024_000
+
+
+class Exact(nn.Module):
+    """A network that computes x0 by a `clean` module and says it in its native target."""
+
+    def __init__(self, clean: nn.Module, schedule: NoiseSchedule, target: str) -> None:
+        super().__init__()
+        self.clean, self.schedule, self.target = clean, schedule, target
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        t = heard(self.schedule, time)
+        alpha, sigma = (like(c, x) for c in self.schedule.alpha_sigma(t))
+        x0 = self.clean(x, t, alpha, sigma, cond.tensors)
+        a, b = TARGETS[self.target](alpha, sigma)
+        return a * x0 + b * (x - alpha * x0) / sigma
+
+
+class Counted:
+    """A family's `call` that keeps what the network was given, and whether a graph was built."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.times: list[Tensor] = []
+        self.with_graph: list[bool] = []
+
+    def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        out = net(x, time, cond)
+        self.inputs.append(x.detach())
+        self.times.append(time)
+        self.with_graph.append(out.requires_grad)
+        return out
+
+
+def call(net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """The plainest family: the network takes what it is given."""
+    return net(x, time, cond)
+
+
+def denoiser(clean: nn.Module, schedule: NoiseSchedule, target: str, call=call) -> Denoiser:
+    """The Denoiser of an exact network."""
+    return Denoiser(Exact(clean, schedule, target), schedule, target, call)
+
+
+def posterior(alpha: Tensor, sigma: Tensor, var: Tensor) -> Tensor:
+    """Gain of E[x0 | x_t] for x0 of variance `var`."""
+    return alpha * var / (alpha**2 * var + sigma**2)
+
+
+def endpoint(alpha: Tensor, sigma: Tensor, var: Tensor) -> Tensor:
+    """Gain of the map that carries the law of x_t to that of x0: the exact student of any number of steps, the probability flow's end."""
+    return (var / (alpha**2 * var + sigma**2)).sqrt()
+
+
+class Gaussian(nn.Module):
+    """x0 ~ N(mean, diag var): mean + gain (x - alpha mean). The conditions 'mean' and 'var', where present, take the parameters' place."""
+
+    def __init__(self, mean: Sequence[float], var: Sequence[float], gain=posterior) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+        self.log_std = nn.Parameter(torch.tensor(var, dtype=torch.float64).log() / 2)
+        self.gain = gain
+
+    def forward(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        mean, var = cond.get("mean", self.mean), cond.get("var", (2 * self.log_std).exp())
+        return mean + self.gain(alpha, sigma, var) * (x - alpha * mean)
+
+
+class Linear(nn.Module):
+    """The one-step generator of N(mean, std^2) from pure noise, mean + std x, wherever it is asked."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+        self.std = nn.Parameter(torch.tensor(std, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return self.mean + self.std * x
+
+
+class Mixture(nn.Module):
+    """Equal isotropic Gaussians at `means` (K, D), with weights (K,)."""
+
+    def __init__(self, means: Tensor, std: float, weights: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("means", means)
+        self.register_buffer("log_weights", weights.log())
+        self.var = std**2
+
+    def forward(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        apart = x[:, None] - alpha[:, None] * self.means.to(x)  # (B, K, D)
+        spread = alpha**2 * self.var + sigma**2  # (B, 1)
+        share = (self.log_weights.to(x) - apart.square().sum(-1) / (2 * spread)).softmax(-1)
+        centres = self.means.to(x) + (alpha * self.var / spread)[:, None] * apart
+        return (share[..., None] * centres).sum(1)
+
+    def draw(self, n: int) -> Tensor:
+        which = torch.multinomial(self.log_weights.exp(), n, replacement=True)
+        return self.means[which] + self.var**0.5 * torch.randn(n, self.means.shape[1], dtype=self.means.dtype)
+
+
+def gaussian(mean: Sequence[float], var: Sequence[float], schedule: NoiseSchedule, target: str) -> Denoiser:
+    """The exact teacher of N(mean, diag var)."""
+    return denoiser(Gaussian(mean, var), schedule, target)
+
+
+def phi(x: Tensor, t: Tensor, r: Tensor, schedule: NoiseSchedule, mean: Tensor, var: Tensor) -> Tensor:
+    """Exact solution of the probability flow from t to r for N(mean, diag var)."""
+    (a, s), (a_r, s_r) = ((like(c, x) for c in schedule.alpha_sigma(u)) for u in (t, r))
+    return a_r * mean + ((a_r**2 * var + s_r**2) / (a**2 * var + s**2)).sqrt() * (x - a * mean)
+
+
+def ddim_factor(schedule: NoiseSchedule, t: Tensor, r: Tensor, var: Tensor) -> Tensor:
+    """What a DDIM jump from t to r multiplies the distance to alpha mean by, for the exact Gaussian teacher."""
+    (a, s), (a_r, s_r) = schedule.alpha_sigma(t), schedule.alpha_sigma(r)
+    return (a_r * a * var + s_r * s) / (a**2 * var + s**2)
+
+
+class Learner(nn.Module):
+    """A frozen exact network plus a small trained one that starts at zero, so that the student starts as its teacher."""
+
+    def __init__(self, base: Exact, dim: int, width: int = 64) -> None:
+        super().__init__()
+        self.schedule = base.schedule
+        object.__setattr__(self, "base", base)  # borrowed: its weights are not this network's
+        last = nn.Linear(width, dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(nn.Linear(dim + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        t = heard(self.schedule, time)
+        waves = torch.stack([f(np.pi * k * t) for k in (0.5, 1, 2) for f in (torch.sin, torch.cos)], -1)
+        return self.base(x, time, cond) + self.mlp(torch.cat([x, waves.to(x)], -1))
+
+
+@dataclass(frozen=True)
+class World:
+    """A ring of six modes in the plane, an exact teacher on the straight path, and players that start as copies of it."""
+
+    nets: Nets
+    players: dict[str, nn.Module]
+    truth: Mixture
+
+    def batch(self, n: int) -> Batch:
+        return Batch(NOTHING, (n, 2), self.truth.draw(n))
+
+    def sampled(self, n: int = 2000) -> Tensor:
+        """What the student draws as deployed."""
+        rng = stream(7, 0, 0, "noise")
+        with torch.no_grad():
+            return sample(self.nets.student, rng.normal((n, 2)), self.nets.grid, NOTHING, step=self.nets.step, rng=rng)
+
+
+def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
+    """The world for an objective, with the grid and the step its student is deployed with."""
+    angles = torch.arange(6) * (2 * np.pi / 6)
+    truth = Mixture(torch.stack([angles.cos(), angles.sin()], -1), 0.1, torch.full((6,), 1 / 6))
+    schedule = RectifiedFlow()
+    base = Exact(truth, schedule, "flow")
+    players = {name: Learner(base, 2).to(dtype or torch.float32) for name in ("student", *objective.needs.roles)}
+    roles = {name: Denoiser(net, schedule, "flow", call, dtype) for name, net in players.items()}
+    teacher = Denoiser(base, schedule, "flow", call)
+    step = STEPS[objective.sampler or "ddim"]
+    return World(Nets(teacher=teacher, grid=uniform_grid(objective.steps), step=step, **roles), players, truth)
+
+
+def play(objective: Objective, world: World, rounds: int, batch: int, lr: float, seed: int = 0) -> None:
+    """The trainer in miniature: turns in order, one Adam a player, all draws from (seed, round, turn)."""
+    optimizers = {name: torch.optim.Adam(net.parameters(), lr=lr, fused=True) for name, net in world.players.items()}
+    torch.manual_seed(seed)  # for the data
+    for round_ in range(rounds):
+        for i, turn in enumerate(objective.round(round_)):
+            for name, net in world.players.items():
+                net.requires_grad_(name == turn.player)
+            turn.loss(world.nets, world.batch(batch), stream(seed, 0, round_, i)).total.backward()
+            optimizers[turn.player].step()
+            optimizers[turn.player].zero_grad()
+
+
+def sliced_w2(x: Tensor, y: Tensor, num_directions: int = 64) -> float:
+    """Wasserstein-2 distance of two equally large samples (N, 2), root mean square over directions."""
+    angles = torch.arange(num_directions) * (np.pi / num_directions)
+    directions = torch.stack([angles.cos(), angles.sin()]).to(x)
+    return float(((x @ directions).sort(0)[0] - (y @ directions).sort(0)[0]).square().mean().sqrt())
+
+
+@dataclass
+class Quadrature:
+    """A Stream that draws the nodes of Gauss and Hermite's rule: a weighted sum over its batch is the expectation, exactly, for
+    polynomials of degree below 2 nodes - 1 in each draw."""
+
+    num_draws: int
+    num_nodes: int = 6
+    k: int = 0
+    drawn: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        z, w = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(self.num_nodes))
+        self.nodes = torch.cartesian_prod(*[z] * self.num_draws).reshape(-1, self.num_draws)
+        self.weights = torch.cartesian_prod(*[w / w.sum()] * self.num_draws).reshape(-1, self.num_draws).prod(1)
+
+    @property
+    def shared(self) -> "Quadrature":
+        return self
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+        self.drawn += 1
+        return self.nodes[:, self.drawn - 1].reshape(tuple(shape))
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        return self.normal(x.shape)
+
+    def uniform(self, n: int) -> Tensor:
+        return torch.full((n,), 0.5, dtype=torch.float64)
+
+    def integer(self, high: int) -> int:
+        return self.k
+
+    def mean(self, term: Tensor) -> Tensor:
+        """The expectation of a per-sample term (B,)."""
+        return (self.weights * term).sum()
+
+
+def game(student: Denoiser, teacher, critic: Denoiser | None = None, *, grid: Sequence[float] = (1.0,), step: Step = STEPS["renoise"]) -> Nets:
+    """Nets with the given players; one step unless a grid says otherwise."""
+    return Nets(student=student, teacher=teacher, grid=tuple(grid), step=step, critic=critic)
