@@ -1,4 +1,4 @@
-"""Trains and judges configs over several seeds: `python eval/distill.py CONFIG [CONFIG ...] [--seeds 0 1 2] [--protocol sprites]`.
+"""Trains and judges configs over several seeds: `python eval/distill.py CONFIG ... [--seeds 0 1 2] [--protocol sprites]`.
 
 Writes eval/results/NAME.json: the rows of every seed (teacher rows once), training seconds, and for each step count the mean, the
 standard deviation and the worst of the student's Frechet distance. Runs lie in runs/NAME-seedN and are resumed, not repeated.

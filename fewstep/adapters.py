@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,11 +12,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fewstep.denoiser import Cond, Denoiser
+from fewstep.denoiser import Cond, Denoiser, cat
 from fewstep.deploy import falling, seen_times
+from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.schedules import DiscreteVP, NoiseSchedule, RectifiedFlow
 
-UNET_LORA = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
+UNET_LORA: tuple[str, ...] = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+)
 UNET_LORA += ("conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # DMD2's list
 
 
@@ -135,15 +145,7 @@ FAMILIES: dict[str, Family] = {
         lambda scheduler: RectifiedFlow(clean_time=1.0, noise_time=0.0),
         lambda scheduler: "flow",
         {"ddim": ("FlowMatchEulerDiscreteScheduler", {})},
-        (
-            "attention.to_q",
-            "attention.to_k",
-            "attention.to_v",
-            "attention.to_out.0",
-            "feed_forward.w1",
-            "feed_forward.w2",
-            "feed_forward.w3",
-        ),
+        ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"),
         lambda c: {"prompt_embeds": [torch.zeros(2, c["cap_feat_dim"])], "guidance_scale": 0.0, "output_type": "latent"},
         guidance=lambda g: g - 1,
         default_guidance=5.0,
@@ -184,7 +186,7 @@ class Teacher:
     target: str
 
     @property
-    def net(self) -> nn.Module:
+    def net(self) -> Any:
         return getattr(self.pipe, self.family.component)
 
     def denoiser(self, net: Any) -> Denoiser:
@@ -210,8 +212,6 @@ class Teacher:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 128) -> Cond:
         """Conditions of prompts, computed as the teacher's own pipeline does."""
-        from fewstep.denoiser import cat
-
         return cat([self.family.encode(self.pipe, list(prompts[i : i + batch])) for i in range(0, len(prompts), batch)])
 
     def null(self) -> Cond:
@@ -249,7 +249,7 @@ class Teacher:
         return make_scheduler(self.family, self.pipe.scheduler.config, sampler)
 
     def grid(self, steps: int, sampler: str) -> tuple[float, ...]:
-        """The times t at which the deployed pipeline evaluates the network in `steps` steps: read from the pipeline, never typed."""
+        """The times t at which the deployed pipeline evaluates the network in `steps` steps: read from it, never typed."""
         vae = getattr(self.pipe, "vae", None)
         kind = type(self.pipe) if self.family.deployed is None else getattr(diffusers, self.family.deployed)
         words = self.family.no_words(net_config(self.net))
@@ -265,29 +265,6 @@ def make_scheduler(family: Family, config: Any, sampler: str) -> Any:
         )
     name, fixed = family.samplers[sampler]
     return getattr(diffusers, name).from_config(config, **fixed)
-
-
-def teacher_folder(path: str) -> Path | None:
-    """The local folder a teacher path names, or None for a hub id. Raises ValueError for a folder that is not there or not a pipeline."""
-    if path.startswith("zoo:"):
-        from fewstep.zoo import folder
-
-        return folder(path.removeprefix("zoo:"))
-    place = Path(path)
-    if not place.exists():
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-            return None
-        raise ValueError(f"there is no teacher at {path}; give zoo:NAME, a Diffusers folder, or a hub id such as owner/model")
-    if not (place / "model_index.json").exists():
-        raise ValueError(
-            f"{path} is not a Diffusers pipeline folder: it has no model_index.json (pipe.save_pretrained writes one)"
-        )
-    unsafe = [f for f in place.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-    if unsafe:
-        raise ValueError(
-            f"{unsafe[0]} is a pickle, which can run code when read; convert it with pipe.save_pretrained(..., safe_serialization=True)"
-        )
-    return place
 
 
 def load_teacher(path: str, device: str = "cpu") -> Teacher:
@@ -310,20 +287,10 @@ def load_teacher(path: str, device: str = "cpu") -> Teacher:
     return Teacher(path, pipe.to(device), family, family.schedule(pipe.scheduler), family.target(pipe.scheduler))
 
 
-def pipeline_name(folder: Path) -> str:
-    """The pipeline class of a Diffusers folder. Raises ValueError if its index does not say."""
-    try:
-        return json.loads((folder / "model_index.json").read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / 'model_index.json'} is damaged; save the pipeline again with pipe.save_pretrained"
-        ) from error
-
-
 def family_of(name: str) -> Family:
     """The entry of a pipeline class. Raises ValueError with the remedy for one that is not known."""
     if name not in FAMILIES:
         raise ValueError(
-            f"{name} is not a family fewstep knows ({', '.join(sorted(FAMILIES))}); an entry of about 25 lines in fewstep/adapters.py adds it"
+            f"{name} is not a family fewstep knows ({', '.join(sorted(FAMILIES))}); fewstep/adapters.py is where to add it"
         )
     return FAMILIES[name]

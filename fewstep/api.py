@@ -47,16 +47,20 @@ class Study:
         return self.teacher.family.default_guidance if wanted is None else wanted
 
     @cached_property
-    def guided(self) -> Guided:
-        return Guided(self.teacher.denoiser(self.roles["teacher"]), self.guidance, self.teacher.null())
+    def null(self) -> Cond:
+        """The condition for "no prompt", on the CPU."""
+        return self.teacher.null()
+
+    def guided(self, net: nn.Module) -> Guided:
+        """A role (possibly wrapped) as the guided teacher."""
+        device = next(self.teacher.net.parameters()).device
+        return Guided(self.teacher.denoiser(net), self.guidance, self.null.to(device))
 
     def nets(self, modules: Mapping[str, nn.Module]) -> Nets:
         """The players as the objective sees them."""
-        device = next(self.roles["teacher"].net.parameters()).device
         make = self.teacher.denoiser
-        teacher = Guided(make(modules["teacher"]), self.guidance, self.guided.null.to(device))
         critic = make(modules["critic"]) if "critic" in modules else None
-        return Nets(make(modules["student"]), teacher, self.grid, STEPS[self.sampler], critic)
+        return Nets(make(modules["student"]), self.guided(modules["teacher"]), self.grid, STEPS[self.sampler], critic)
 
     def steps(self) -> tuple[int, ...]:
         """The step counts a student is looked at: 1, 2, 4, and its own."""
@@ -127,7 +131,7 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
         changed = differences(load_config(stored), config, RESUMABLE)
         if changed:
             raise ValueError(
-                f"the run at {folder} was made with another {changed[0]}; resume with its own config.yaml, or start anew elsewhere"
+                f"the run at {folder} was made with another {changed[0]}; resume with its own config.yaml, or name another --out"
             )
     accelerator = make_accelerator(config.train)
     study = open_study(config)
@@ -169,7 +173,7 @@ class Preview:
         cond = teacher.encode(self.prompts)
         if self.top is None:
             sampler = "ddim"
-            self.top = generate(teacher, study.guided, cond, teacher.grid(50, sampler), sampler, seed=0)
+            self.top = generate(teacher, study.guided(study.roles["teacher"]), cond, teacher.grid(50, sampler), sampler, seed=0)
         lines = [self.top]
         with swapped(study.roles["student"], weights):
             student = teacher.denoiser(study.roles["student"])
@@ -233,7 +237,9 @@ class Run:
         """The guided teacher's pictures from the same noise."""
         study = self.study
         times = study.teacher.grid(steps, "ddim")
-        return generate(study.teacher, study.guided, study.teacher.encode(prompts), times, "ddim", seed=seed, bar=bar)
+        return generate(
+            study.teacher, study.guided(study.roles["teacher"]), study.teacher.encode(prompts), times, "ddim", seed=seed, bar=bar
+        )
 
     def export(self, to: Path | str, *, form: str | None = None, layout: str = "diffusers") -> Path:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""

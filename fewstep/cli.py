@@ -90,9 +90,8 @@ def train(
         typer.echo(f"stopped; to go on: {again}")
         raise typer.Exit(130) from None
     if int(os.environ.get("RANK", "0")) == 0:
-        typer.echo(
-            f"trained: {run.place}\nnext: fewstep sample {folder} --prompt '...' | fewstep export {folder} --to OUT | fewstep eval {folder} --protocol sprites"
-        )
+        after = f"sample {folder} --prompt '...'", f"export {folder} --to OUT", f"eval {folder} --protocol sprites"
+        typer.echo(f"trained: {run.place}\nnext: " + " | ".join(f"fewstep {x}" for x in after))
 
 
 @app.command()

@@ -24,7 +24,8 @@ class Cond:
         return Cond({k: v[index] for k, v in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Cond:
-        return Cond({k: v.to(device, non_blocking=True) for k, v in self.tensors.items()})
+        """On a device; whole numbers (lengths, labels) steer and stay on the CPU, where reading them waits for nothing."""
+        return Cond({k: v.to(device, non_blocking=True) if v.is_floating_point() else v.cpu() for k, v in self.tensors.items()})
 
     def expand(self, n: int) -> Cond:
         """A single condition (leading axis 1) for n samples, without copying."""
@@ -102,7 +103,7 @@ class Denoiser:
         if bool(((a * sigma - b * alpha).abs() < 1e-9).any()):
             where = float(t[(a * sigma - b * alpha).abs() < 1e-9][0])
             raise ValueError(
-                f"a network that predicts {self.target!r} says nothing of x0 and noise at t = {where:g}; keep that time out of the grid"
+                f"a network that predicts {self.target!r} leaves x0 open at t = {where:g}; keep that time out of the grid"
             )
         return alpha, sigma, a, b
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fewstep.schedules import NoiseSchedule
 class _Recorder(nn.Module):
     """Stands in for the network while the pipeline's loop runs: notes the times it is fed, answers zeros."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: Any) -> None:
         super().__init__()
         self.config, self.dtype, self.device = net.config, torch.float32, torch.device("cpu")
         self.in_channels = net.config["in_channels"]
@@ -28,7 +29,7 @@ class _Recorder(nn.Module):
         values = self.signature.bind(*args, **kwargs).arguments
         time = values.get("timestep", values.get("t"))
         self.times.append(float(torch.as_tensor(time).flatten()[0]))
-        x = values.get("sample", values.get("hidden_states", values.get("x")))
+        x: Any = values.get("sample", values.get("hidden_states", values.get("x")))
         out: Any = [torch.zeros_like(v) for v in x] if isinstance(x, list) else torch.zeros_like(x)
         return Transformer2DModelOutput(sample=out)
 
@@ -42,7 +43,7 @@ class _Vae(nn.Module):
 
 
 def seen_times(
-    pipeline: type, component: str, net: nn.Module, vae: Any, scheduler: Any, steps: int, words: dict[str, Any]
+    pipeline: Any, component: str, net: Any, vae: Any, scheduler: Any, steps: int, words: dict[str, Any]
 ) -> list[float]:
     """The times the network is fed in `steps` steps of a pipeline class. `net` and `vae` (a config) lend their configs only, so
     that neither needs weights; `words` are the keyword arguments in place of a prompt."""
@@ -69,7 +70,7 @@ def seen_times(
 def falling(schedule: NoiseSchedule, seen: Sequence[float], steps: int) -> tuple[float, ...]:
     """Model times as t. Raises ValueError if they are not `steps` falling ones."""
     times = schedule.t_of_model_time(torch.tensor(seen, dtype=torch.float64)).tolist()
-    if len(times) != steps or any(b >= a for a, b in zip(times, times[1:], strict=False)):
+    if len(times) != steps or any(b >= a for a, b in pairwise(times)):
         raise ValueError(
             f"the deployed scheduler cannot make {steps} falling steps (it made {len(times)}); choose another step count"
         )

@@ -35,7 +35,14 @@ def examine() -> list[Check]:
     found.append(Check("attention sdpa", True, "always"))
     for name, package in (("xformers", "xformers"), ("flash", "flash_attn")):
         there = importlib.util.find_spec(package) is not None
-        found.append(Check(f"attention {name}", there, "installed" if there else "absent", "" if there else f"optional: pip install {package}"))
+        found.append(
+            Check(
+                f"attention {name}",
+                there,
+                "installed" if there else "absent",
+                "" if there else f"optional: pip install {package}",
+            )
+        )
     free = shutil.disk_usage(".").free / 2**30
     found.append(Check("disk", free > 5, f"{free:.0f} GiB free", "" if free > 5 else "checkpoints of a large teacher need more"))
     return found

@@ -19,6 +19,6 @@ class Ema:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], updates: int) -> None:
-        """Moves towards the weights; `updates` made so far warm the decay up as (1 + n) / (10 + n), so early noise is forgotten."""
+        """Moves towards the weights; after n updates the decay is at most (1 + n) / (10 + n), so early noise is forgotten."""
         decay = min(self.decay, (1 + updates) / (10 + updates)) if self.decay else 0.0
         torch._foreach_lerp_(list(self.shadow.values()), [weights[k].detach().float() for k in self.shadow], 1 - decay)

@@ -50,7 +50,9 @@ def evaluate(
     return found, where
 
 
-def _rows(target: Path, protocol: Protocol, steps: list[int], teacher: bool, said: dict[str, Any] | None) -> tuple[list[Row], list[dict[str, Any]]]:
+def _rows(
+    target: Path, protocol: Protocol, steps: list[int], teacher: bool, said: dict[str, Any] | None
+) -> tuple[list[Row], list[dict[str, Any]]]:
     if (target / "config.yaml").exists():
         run = Run(target)
         lines = [_student(run, n, protocol) for n in (steps or run.study.steps())]
@@ -58,7 +60,10 @@ def _rows(target: Path, protocol: Protocol, steps: list[int], teacher: bool, sai
             return lines, []
         known = _card(run.config.teacher.path, run.study.guidance, said)
         missing = [n for n in TEACHER_STEPS if n not in {r["steps"] for r in known}]
-        return [*(_guided(run.study.teacher, run.study.guided, n, protocol) for n in missing), *lines], known
+        return [
+            *(_guided(run.study.teacher, run.study.guided(run.study.roles["teacher"]), n, protocol) for n in missing),
+            *lines,
+        ], known
     if str(target).startswith("zoo:") or (target / "model_index.json").exists():
         return [_plain(str(target), n, protocol) for n in (steps or TEACHER_STEPS)], []
     if target.is_dir():
@@ -106,7 +111,12 @@ def _card(path: str, guidance: float, said: dict[str, Any] | None) -> list[dict[
 def _measure(row: Row, prompts: list[str], protocol: Protocol) -> dict[str, Any]:
     images = row.draw(prompts)
     timing = latency.measure(lambda: row.draw(prompts[:1]), warmup=1, repeats=3)
-    return {"model": row.model, "steps": row.steps, **judge(images, prompts, protocol, cache=default_cache()), "latency_ms": timing["p50_ms"]}
+    return {
+        "model": row.model,
+        "steps": row.steps,
+        **judge(images, prompts, protocol, cache=default_cache()),
+        "latency_ms": timing["p50_ms"],
+    }
 
 
 def _floor(protocol: Protocol) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def _teachers() -> list[dict[str, Any]]:
     from fewstep.zoo import HERE, NAMES
 
     zoo = [{"name": f"zoo:{n}", "about": "embedded, no download"} for n in NAMES if (HERE / n / "model_index.json").exists()]
-    return zoo + [{"name": name, "about": f"any folder or hub id of this class ({f.component})"} for name, f in sorted(FAMILIES.items())]
+    return zoo + [
+        {"name": name, "about": f"any folder or hub id of this class ({f.component})"} for name, f in sorted(FAMILIES.items())
+    ]
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:

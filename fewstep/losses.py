@@ -25,8 +25,8 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
 def push(x: Tensor, direction: Tensor) -> Tensor:
     """A surrogate (B,) whose gradient in x is exactly `direction` / (elements of a sample).
 
-    Its value is half the mean square of the direction. The usual form 0.5 (x - sg(x - direction))^2 subtracts the direction from x
-    first: in bf16 that loses up to 80 % of it (DMD, eq. 7)."""
+    Its value is half the mean square of the direction. The usual form 0.5 (x - sg(x - direction))^2 subtracts the direction
+    from x first: in bf16 that loses up to 80 % of it (DMD, eq. 7)."""
     direction = _wide(direction.detach())
     pull = flat_mean(_wide(x) * direction)
     return 0.5 * flat_mean(direction.square()) + pull - pull.detach()

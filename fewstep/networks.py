@@ -63,7 +63,7 @@ class Role(nn.Module):
             self.register_parameter(key.replace(".", "/"), value)
 
     @property
-    def net(self) -> nn.Module:
+    def net(self) -> Any:
         """The Diffusers network itself."""
         return self.__dict__["_net"]
 
@@ -100,7 +100,7 @@ def _remembering_checkpoint(base: nn.Module):
 
 
 def build(
-    base: nn.Module,
+    base: Any,
     wanted: Mapping[str, Full | Lora],
     *,
     lora_targets: Iterable[str],
@@ -158,7 +158,7 @@ def set_weights(role: Role, tensors: Mapping[str, Tensor]) -> None:
     own = role.weights()
     if missing := sorted(set(own) ^ set(tensors)):
         raise ValueError(
-            f"the stored {role.name} has other weights than this config makes (first: {missing[0]}); use the config it was made with"
+            f"the stored {role.name} has other weights than this config makes ({missing[0]}); use the config it was made with"
         )
     with torch.no_grad():
         for key, p in own.items():

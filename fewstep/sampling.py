@@ -91,9 +91,7 @@ def rollout(
         x = x_s
 
 
-def sample(
-    denoiser: Predictor, noise: Tensor, times: Sequence[float], cond: Cond, *, step: Step = ddim, rng: Noise
-) -> Tensor:
+def sample(denoiser: Predictor, noise: Tensor, times: Sequence[float], cond: Cond, *, step: Step = ddim, rng: Noise) -> Tensor:
     """The clean end of a rollout."""
     x = noise
     for visit in rollout(denoiser, noise, times, cond, step=step, rng=rng):

@@ -139,7 +139,7 @@ class EDM(NoiseSchedule):
 
 @dataclass(frozen=True)
 class TrigFlow(NoiseSchedule):
-    """alpha = cos(u), sigma = sin(u) at the angle u = t pi / 2, which is also what the network is fed (sCM, eq. 5; unit-variance data)."""
+    """alpha = cos(u), sigma = sin(u) at the angle u = t pi / 2, which the network is fed (sCM, eq. 5; unit-variance data)."""
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = t.double() * (math.pi / 2)

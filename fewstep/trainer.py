@@ -66,8 +66,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything `fit` runs: nets makes the players' denoisers from their (wrapped) modules; preview draws a picture of the student
-    with the given weights; identity is stored with every checkpoint."""
+    """Everything `fit` runs: nets makes the players' denoisers from their (wrapped) modules; preview draws a picture of the
+    student with the given weights; identity is stored with every checkpoint."""
 
     objective: Objective
     roles: dict[str, Role]
@@ -84,7 +84,7 @@ class Diverged(ValueError):
 
 
 class Player:
-    """A trained role with its optimizer. A non-finite gradient skips the update on every process, on the device, and is counted."""
+    """A trained role with its optimizer. A non-finite gradient skips the update on every process, and is counted."""
 
     def __init__(self, role: Role, settings: Settings, accelerator: Accelerator) -> None:
         self.role = role
@@ -179,7 +179,7 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
                 log.write(record)
                 bar.note = ", ".join(f"{k} {v:.3g}" for k, v in record.items() if k.endswith(("/dm", "/consistency", "/denoise")))
             if done % settings.save_every == 0 or last:
-                place = _save(job, players, ema, done, accelerator)
+                _save(job, players, ema, done, accelerator)
             if job.preview and accelerator.is_main_process and (done % settings.preview_every == 0 or last):
                 job.preview(done, ema.shadow)
             if stop:
@@ -201,7 +201,7 @@ def _check(players: Mapping[str, Player], done: int) -> None:
 
 
 def _agreed(stop: bool, due: bool, accelerator: Accelerator) -> bool:
-    """Whether to stop after this round. Several processes, each of which is told at another instant, ask one another where it is due."""
+    """Whether to stop after this round. Several processes, each told at an instant of its own, ask one another when it is due."""
     if accelerator.num_processes == 1:
         return stop
     return due and bool(accelerator.reduce(torch.tensor(float(stop), device=accelerator.device)) > 0)
@@ -240,7 +240,7 @@ def _restore(job: Job, players: Mapping[str, Player], ema: Ema) -> int:
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C into a request to stop at the end of the round; a second one stops at once."""
-    asked = []
+    asked: list[int] = []
     before = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: Any) -> None:

@@ -35,7 +35,14 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 }
 
 # (schedule, target) as real teachers come, each of which may start at t = 1.
-TEACHERS = [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow"), ("flow-reversed", "flow"), ("edm", "sample"), ("trig", "v_prediction")]
+TEACHERS = [
+    ("sd", "epsilon"),
+    ("sd", "v_prediction"),
+    ("flow", "flow"),
+    ("flow-reversed", "flow"),
+    ("edm", "sample"),
+    ("trig", "v_prediction"),
+]
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,12 @@ class World:
         with torch.no_grad():
             return sample(self.nets.student, rng.normal((n, 2)), self.nets.grid, NOTHING, step=self.nets.step, rng=rng)
 
+    def many_steps(self, n: int = 2000) -> Tensor:
+        """What the teacher draws in a hundred steps."""
+        return sample(
+            self.nets.teacher, stream(8, 0, 0, "noise").normal((n, 2)), uniform_grid(100), NOTHING, rng=stream(8, 0, 0, 0)
+        )
+
 
 def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     """The world for an objective, with the grid and the step its student is deployed with."""
@@ -293,6 +306,8 @@ class Quadrature:
         return (self.weights * term).sum()
 
 
-def game(student: Denoiser, teacher, critic: Denoiser | None = None, *, grid: Sequence[float] = (1.0,), step: Step = STEPS["renoise"]) -> Nets:
+def game(
+    student: Denoiser, teacher, critic: Denoiser | None = None, *, grid: Sequence[float] = (1.0,), step: Step = STEPS["renoise"]
+) -> Nets:
     """Nets with the given players; one step unless a grid says otherwise."""
     return Nets(student=student, teacher=teacher, grid=tuple(grid), step=step, critic=critic)

@@ -55,7 +55,7 @@ def check(images: np.ndarray) -> None:
 
 def digests(images: np.ndarray) -> np.ndarray:
     """One 64-bit content hash (N,) uint64 an image of (N, H, W, 3) uint8."""
-    raw = (hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest() for image in images)
+    raw = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
     return np.frombuffer(b"".join(raw), "<u8")
 
 
@@ -64,7 +64,8 @@ def read_image(file: Path) -> np.ndarray:
 
     Raises ValueError for transparency and for more than eight bits a channel.
     """
-    with Image.open(file) as picture:
+    with Image.open(file) as opened:
+        picture: Image.Image = opened
         if picture.mode == "P":
             picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
         if picture.mode in ("RGBA", "LA"):

@@ -111,8 +111,8 @@ def full(t: float, n: int) -> Tensor:
 
 
 def simulate(nets: Nets, batch: Batch, rng: Stream) -> Prediction:
-    """Backward simulation (DMD2, section 4.5): the student walks from noise to a randomly chosen step without a graph, and that step
-    is predicted with one. All samples and all processes share the step. Its x0 is what the deployed sampler would stand on."""
+    """Backward simulation (DMD2, section 4.5): the student walks from noise to a randomly chosen step without a graph, and that
+    step is predicted with one. All samples and processes share the step. Its x0 is what the deployed sampler would stand on."""
     k = rng.shared.integer(len(nets.grid))
     x = rng.normal(batch.shape)
     with torch.no_grad():

@@ -19,8 +19,8 @@ from fewstep.stream import Stream
 @final
 @dataclass(frozen=True, kw_only=True)
 class Consistency(Objective):
-    """On a segment [edge, next edge] of the teacher's trajectory, every point is mapped to the segment's lower edge: the student's
-    jump from x_t must end where its own jump from the teacher's next point x_s ends.
+    """On a segment [edge, next edge] of the teacher's trajectory, every point is mapped to the segment's lower edge: the
+    student's jump from x_t must end where its own jump from the teacher's next point x_s ends.
 
     steps: of the deployed student, whose times are also the places where segments may meet. segments: how many (None: `steps`, as
     in PCM, arXiv 2405.18407; 1 is LCM, arXiv 2310.04378; it must divide `steps`). solver_steps: teacher steps from noise to clean
@@ -38,7 +38,9 @@ class Consistency(Objective):
 
     def __post_init__(self) -> None:
         if self.steps % (self.segments or self.steps):
-            raise ValueError(f"segments ({self.segments}) must divide steps ({self.steps}), so that segments meet at deployed times")
+            raise ValueError(
+                f"segments ({self.segments}) must divide steps ({self.steps}), so that segments meet at deployed times"
+            )
         if self.solver_steps % self.steps:
             raise ValueError(f"solver_steps ({self.solver_steps}) must be a multiple of steps ({self.steps})")
 
@@ -46,8 +48,8 @@ class Consistency(Objective):
         return [Turn("student", self.student_loss)]
 
     def times(self, grid: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        """(times (N + 1,) rising from 0, lower edge (N + 1,) of the segment that *ends* at each): a time on an edge belongs to the
-        segment below it, otherwise the jump from it would be empty (Hyper-SD's ties)."""
+        """(times (N + 1,) rising from 0, lower edge (N + 1,) of the segment that *ends* at each): a time on an edge belongs to
+        the segment below it, otherwise the jump from it would be empty (Hyper-SD's ties)."""
         corners = torch.tensor((0.0, *reversed(grid)), dtype=torch.float64)
         fine = self.solver_steps // self.steps
         inner = torch.arange(self.solver_steps + 1, dtype=torch.float64) / fine

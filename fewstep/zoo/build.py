@@ -1,4 +1,4 @@
-"""Makes the zoo from nothing: `python -m fewstep.zoo.build [STAGE ...] [--work DIR]`, seeded and resumable, about three CPU-hours.
+"""Makes the zoo from nothing: `python -m fewstep.zoo.build [STAGE ...] [--work DIR]`, seeded, resumable, about three CPU-hours.
 
 Stages, each of which continues where it was stopped: pool, vae, latents, sprites-clip, sprites-sd, sprites-flow, ship.
 """
@@ -9,6 +9,7 @@ import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from fewstep.zoo.training import train
 POOL_SEEDS, POOL_CHUNK = tuple(range(1000, 1015)), 4000  # 60,000 drawings
 VAE_STEPS, VAE_BATCH, VAE_LR = 4600, 16, 2e-3
 CLIP_STEPS, CLIP_BATCH = 1200, 128
-TEACHER_STEPS, TEACHER_BATCH, TEACHER_LR = 8500, 64, 2e-3
+TEACHER_STEPS = {"sprites-sd": 8500, "sprites-flow": 7200}
+TEACHER_BATCH, TEACHER_LR = 64, 2e-3
 
 
 def pool(work: Path) -> np.ndarray:
@@ -74,7 +76,7 @@ def build_teacher(name: str, work: Path, vae):
     make, trainee = teachers.TEACHERS[name]
     pipe = make(vae)
     mean, std = latents(work, vae)
-    module = trainee(pipe, pool_captions())
+    module: Any = trainee(pipe, pool_captions())
 
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:
         at = torch.randint(len(mean), (TEACHER_BATCH,), generator=rng)
@@ -82,7 +84,7 @@ def build_teacher(name: str, work: Path, vae):
         kept = torch.rand(TEACHER_BATCH, generator=rng) >= teachers.DROPOUT
         return module.loss(x0, (at + 1) * kept, rng)
 
-    train(name, module, loss, folder=work, steps=TEACHER_STEPS, lr=TEACHER_LR, weight_decay=1e-3, warmup=200, average=0.999)
+    train(name, module, loss, folder=work, steps=TEACHER_STEPS[name], lr=TEACHER_LR, weight_decay=1e-3, warmup=200, average=0.999)
     return pipe
 
 
@@ -96,7 +98,9 @@ def ship(pipe, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fewstep.zoo.build", description=__doc__)
-    parser.add_argument("stages", nargs="*", default=["pool", "vae", "latents", "sprites-clip", "sprites-sd", "sprites-flow", "ship"])
+    parser.add_argument(
+        "stages", nargs="*", default=["pool", "vae", "latents", "sprites-clip", "sprites-sd", "sprites-flow", "ship"]
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/zoo"))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fewstep.zoo.sprites import BACKGROUNDS, COLOURS, RADII, SHAPES, SIDE, Scene, Sprite, paint, parse, relation, scenes
+from fewstep.zoo.sprites import BACKGROUNDS, COLOURS, RADII, SHAPES, SIDE, Scene, Sprite, paint, parse, scenes
 
 _CHROMA_FULL = 0.45  # share of a colour's full chroma that counts as wholly covered: the darkest stripe has 0.55
 _LEAST_AREA = 45.0  # pixels; the smallest sprite has 113
@@ -75,14 +75,14 @@ def _moments(blob: np.ndarray) -> dict[str, np.ndarray]:
     q = (axes[:, 0, 1, None, None] * dx + axes[:, 1, 1, None, None] * dy) / np.sqrt(values[:, 1, None, None])
     z, rho = p + 1j * q, np.hypot(p, q)
     spread = area / (4 * np.pi * np.sqrt(np.linalg.det(cov)))
-    waves = [np.abs(mean(z**k)) / mean(rho**k) for k in (3, 4, 5)]
+    waves = [np.abs(mean(z**k)) / np.maximum(mean(rho**k), 1e-9) for k in (3, 4, 5)]
     return {"area": area, "x": cx, "y": cy, "features": np.stack([spread, *waves, mean(rho**4) / 8], -1)}
 
 
 @lru_cache(maxsize=1)
 def _yardstick() -> tuple[np.ndarray, np.ndarray]:
-    """Mean features of each (size, shape), (2, shapes, 5), and the whitening matrices (2, 5, 5), from 4,000 drawings."""
-    found, numbers = scenes(seed=20_000, n=4000)
+    """Mean features of each (size, shape), (2, shapes, 5), and the whitening matrices (2, 5, 5), from 1,500 drawings."""
+    found, numbers = scenes(seed=20_000, n=1500)
     numbers["count"] = np.ones_like(numbers["count"])
     rgb = paint(numbers) / np.float32(255)
     cover = _membership(rgb)[np.arange(len(rgb)), numbers["colour"][:, 0]]
@@ -100,7 +100,7 @@ def _yardstick() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(images: np.ndarray) -> list[Scene]:
-    """What each picture (n, 64, 64, 3) uint8 shows; sprites sorted by colour, extra blobs of a colour listed with shape "blob"."""
+    """What each picture (n, 64, 64, 3) uint8 shows; sprites by colour, further blobs of a colour with shape "blob"."""
     if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
         raise ValueError(f"read wants uint8 images of shape (n, {SIDE}, {SIDE}, 3), not {images.dtype} {images.shape}")
     return [scene for start in range(0, len(images), 256) for scene in _read(images[start : start + 256])]
@@ -154,8 +154,15 @@ def agreement(text: str, scene: Scene) -> dict[str, float]:
         score["background"] = float(scene.background == claim.background)
     if claim.relation:
         a, b = mine[0], mine[1]
-        score["relation"] = float(a is not None and b is not None and relation(a, b) == claim.relation)
+        score["relation"] = float(a is not None and b is not None and _lies(a, b, claim.relation))
     return score
+
+
+def _lies(a: Sprite, b: Sprite, joint: str) -> bool:
+    """Whether `a` lies to `b` as said; captions state clear relations only, a picture needs the greater of two offsets."""
+    dx, dy = a.x - b.x, a.y - b.y
+    along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[joint]
+    return along > 0 and along == max(abs(dx), abs(dy))
 
 
 def accuracy(texts: list[str], images: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ _NOUN = re.compile(rf"a ({'|'.join(SIZES)}) (?:(?:{'|'.join(TEXTURES)}) )?({'|'.
 
 @dataclass(frozen=True)
 class Claim:
-    """What a caption says: (size, colour, shape) of each object, the relation of the first two or None, the background or None."""
+    """What a caption says: (size, colour, shape) of each object, relation of the first two or None, background or None."""
 
     nouns: tuple[tuple[str, str, str], ...]
     relation: str | None
@@ -159,7 +159,7 @@ def _place(rng: np.random.Generator, reach: np.ndarray, count: np.ndarray, tries
     for a, b in ((0, 1), (0, 2), (1, 2)):
         gap = np.linalg.norm(centres[:, :, a] - centres[:, :, b], axis=-1) - (reach[:, a] + reach[:, b] + 1.5)[:, None]
         ok &= (gap > 0) | (count <= b)[:, None]
-    return centres[np.arange(n), ok.argmax(1)], ok.any(1)
+    return centres[np.arange(n), ok.argmax(1)], np.asarray(ok.any(1))
 
 
 def _outline(shape: int, u: np.ndarray, v: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -197,7 +197,10 @@ def paint(p: dict[str, np.ndarray]) -> np.ndarray:
             at = np.flatnonzero((p["count"] > k) & (p["shape"][:, k] == shape))
             if not len(at):
                 continue
-            q = {key: p[key][at, k].astype(np.float32) for key in ("radius", "aspect", "angle", "period", "phase", "shade", "centre")}
+            q = {
+                key: p[key][at, k].astype(np.float32)
+                for key in ("radius", "aspect", "angle", "period", "phase", "shade", "centre")
+            }
             wide = lambda a: a[:, None, None]  # noqa: E731
             dx, dy = x - wide(q["centre"][:, 0]), y - wide(q["centre"][:, 1])
             c, s, root = wide(np.cos(q["angle"])), wide(np.sin(q["angle"])), wide(np.sqrt(q["aspect"]))
@@ -221,7 +224,7 @@ def _weave(texture: np.ndarray, dx: np.ndarray, dy: np.ndarray, q: dict[str, np.
 
 
 def draw(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
-    """`n` images (n, 64, 64, 3) uint8 and their captions; the same for the same (seed, n), whatever the machine draws in between."""
+    """`n` images (n, 64, 64, 3) uint8 and their captions; the same for the same (seed, n)."""
     found, numbers = scenes(seed, n)
     return paint(numbers), [caption(s) for s in found]
 

@@ -115,7 +115,7 @@ class SpritesSD(nn.Module):
         return Cond({"prompt": self.text(self.tokens[rows])[0]})
 
     def loss(self, x0: Tensor, rows: Tensor, rng: torch.Generator) -> Tensor:
-        """Noise regression weighted by min(SNR, 5) / SNR (Hang et al. 2023): clean times would otherwise dominate a short training."""
+        """Noise regression weighted by min(SNR, 5) / SNR (Hang et al. 2023): clean times would dominate a short training."""
         t = torch.rand(len(x0), generator=rng, dtype=torch.float64).clamp_min(1e-3)
         eps = torch.randn(x0.shape, generator=rng)
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, self.cond(rows))

@@ -92,5 +92,6 @@ def _resume(file: Path, module, weights, mean, optimizer) -> int:
     module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
     for k, p in weights.items():
         mean[k].copy_(tensors[f"mean.{k}"])
-        optimizer.state[p] = {key: tensors[f"adam.{k}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        if f"adam.{k}.step" in tensors:  # a weight that no gradient reaches has no state
+            optimizer.state[p] = {key: tensors[f"adam.{k}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
     return step

@@ -68,7 +68,7 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Rewrites the two 1x1 convolutions around the latents so that they have mean 0 and deviation 1 a channel, pictures unchanged.
+    """Rewrites the two 1x1 convolutions around the latents so that these have mean 0 and deviation 1 a channel.
 
     A pipeline only knows one scaling factor for all channels; mean, std: (4,) of the latents as they were."""
     for start, shift in ((0, mean), (4, 2 * std.log())):

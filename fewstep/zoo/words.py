@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, Qwen2Tokenizer
 
@@ -17,7 +19,7 @@ _CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>"
 
 def _pieces(symbols: list[str], rank: dict[tuple[str, str], int]) -> list[str]:
     """What byte-pair encoding makes of `symbols`: always the adjacent pair of lowest rank is joined first."""
-    while pairs := [p for p in zip(symbols, symbols[1:], strict=False) if p in rank]:
+    while pairs := [p for p in pairwise(symbols) if p in rank]:
         best = min(pairs, key=rank.__getitem__)
         joined, i = [], 0
         while i < len(symbols):

@@ -1,0 +1,43 @@
+"""Where a teacher lies, and what may be read there: safetensors and JSON, never a pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def teacher_folder(path: str) -> Path | None:
+    """The local folder a teacher path names, or None for a hub id.
+
+    Raises ValueError for one that is not there, is no pipeline, or holds a pickle."""
+    if path.startswith("zoo:"):
+        from fewstep.zoo import folder
+
+        return folder(path.removeprefix("zoo:"))
+    place = Path(path)
+    if not place.exists():
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+            return None
+        raise ValueError(f"there is no teacher at {path}; give zoo:NAME, a Diffusers folder, or a hub id such as owner/model")
+    if not (place / "model_index.json").exists():
+        raise ValueError(
+            f"{path} is not a Diffusers pipeline folder: it has no model_index.json (pipe.save_pretrained writes one)"
+        )
+    unsafe = [f for f in place.rglob("*") if f.suffix in PICKLES]
+    if unsafe:
+        raise ValueError(
+            f"{unsafe[0]} is a pickle, which can run code when read; pipe.save_pretrained writes safetensors instead"
+        )
+    return place
+
+
+def pipeline_name(folder: Path) -> str:
+    """The pipeline class of a Diffusers folder. Raises ValueError if its index does not say."""
+    try:
+        return json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'model_index.json'} is damaged; save the pipeline again with pipe.save_pretrained"
+        ) from error

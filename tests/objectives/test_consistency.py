@@ -1,0 +1,221 @@
+import pytest
+import torch
+from torch import nn
+from toys import NOTHING, SCHEDULES, TEACHERS, Gaussian, Linear, ddim_factor, denoiser, game, gaussian, times
+
+from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.losses import pseudo_huber
+from fewstep.objectives import Batch
+from fewstep.objectives.consistency import Consistency
+from fewstep.sampling import ddim, sample, shifted, uniform_grid
+from fewstep.stream import stream
+
+MEAN, VAR = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
+teachers = pytest.mark.parametrize("name, target", TEACHERS)
+phases = pytest.mark.parametrize("segments", [1, 2, 4])
+N = 256
+
+
+class Optimum(nn.Module):
+    """The student that lands where the Gaussian teacher's DDIM steps, down to the segment's edge, land: a product of factors."""
+
+    def __init__(self, objective, schedule, grid, mean=MEAN):
+        super().__init__()
+        self.schedule, self.mean = schedule, mean
+        self.times, self.edges = objective.times(grid)
+        self.factors = torch.ones(len(self.times), 2, dtype=torch.float64)
+        for i in range(1, len(self.times)):
+            step = ddim_factor(schedule, self.times[i], self.times[i - 1], VAR)
+            fresh = self.edges[i] != self.edges[i - 1] or i == 1
+            self.factors[i] = step if fresh else step * self.factors[i - 1]
+
+    def forward(self, x, t, alpha, sigma, cond):
+        i = (t[:, None] - self.times).abs().argmin(1)
+        a, s = (c[:, None] for c in self.schedule.alpha_sigma(self.edges[i]))
+        landed = a * self.mean + self.factors[i] * (x - alpha * self.mean)
+        return (s * x - sigma * landed) / (alpha * s - sigma * a)  # the x0 whose DDIM jump to the edge lands there
+
+
+def batch(cond=NOTHING):
+    return Batch(cond, (N, 2), MEAN + VAR.sqrt() * torch.randn(N, 2, dtype=torch.float64))
+
+
+def loss(objective, student, teacher, *, grid=None, cond=NOTHING, seed=0):
+    with torch.no_grad():
+        nets = game(student, teacher, grid=grid or uniform_grid(objective.steps))
+        return objective.student_loss(nets, batch(cond), stream(seed, 0, 0, 0)).terms["consistency"]
+
+
+def exact(name, target):
+    return gaussian(MEAN.tolist(), VAR.tolist(), SCHEDULES[name], target)
+
+
+# The grid
+
+
+@phases
+@pytest.mark.parametrize("grid", [uniform_grid(4), shifted(uniform_grid(4), 3.0)])
+def test_a_jump_is_never_empty_and_ends_at_a_deployed_time(segments, grid):
+    objective = Consistency(segments=segments, solver_steps=20)
+    t, edges = objective.times(grid)
+    assert len(t) == 21 and t[0] == 0 and (t.diff() > 0).all()
+    assert (edges[1:] <= t[:-1]).all()
+    assert set(edges.tolist()) == {0.0, *sorted(grid)[4 // segments - 1 : -1 : 4 // segments]}
+    assert set(grid) <= set(t.tolist())
+
+
+def test_an_edge_belongs_to_the_segment_below_it():
+    t, edges = Consistency(segments=4, solver_steps=20).times(uniform_grid(4))
+    at = dict(zip(t.tolist(), edges.tolist()))
+    assert [at[u] for u in (0.25, 0.5, 0.75, 1.0)] == [0.0, 0.25, 0.5, 0.75]
+    assert t[6] > 0.25 and edges[6] == 0.25
+
+
+def test_one_segment_goes_all_the_way_to_clean():
+    assert (Consistency(segments=1).times(uniform_grid(4))[1] == 0).all()
+
+
+def test_segments_are_steps_unless_said():
+    a, b = (Consistency(segments=segments).times(uniform_grid(4))[1] for segments in (None, 4))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"segments": 3}, r"segments \(3\) must divide steps \(4\)"),
+        ({"segments": 8}, r"segments \(8\) must divide steps \(4\)"),
+        ({"solver_steps": 42}, r"solver_steps \(42\) must be a multiple of steps \(4\)"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Consistency(**options)
+
+
+# The loss
+
+
+@teachers
+@phases
+def test_the_loss_vanishes_at_the_product_of_ddim_factors(name, target, segments):
+    """LCM (one segment) and PCM invariant (a), exactly, at every pair of neighbouring times and for any noised sample."""
+    objective, schedule = Consistency(segments=segments, solver_steps=20), SCHEDULES[name]
+    student = denoiser(Optimum(objective, schedule, uniform_grid(4)), schedule, target)
+    if name == "edm":  # at its lowest times sigma is below what float32 clocks resolve
+        objective, student = lifted(objective, schedule, target)
+        assert loss(objective, student, exact(name, target), grid=LIFTED).max() < 1e-9
+        return
+    assert loss(objective, student, exact(name, target)).max() < 1e-9
+
+
+@teachers
+def test_the_loss_does_not_vanish_at_the_continuous_optimum_or_at_the_teacher(name, target):
+    """consistency.md 2, invariant (b): the optimum is that of the discrete grid."""
+    objective = Consistency(segments=1, solver_steps=20)
+    grid = LIFTED if name == "edm" else uniform_grid(4)
+    assert loss(objective, exact(name, target), exact(name, target), grid=grid).mean() > 1e-3
+
+
+@teachers
+def test_with_a_segment_a_solver_step_the_teacher_is_the_optimum(name, target):
+    grid = LIFTED if name == "edm" else uniform_grid(4)
+    assert loss(Consistency(solver_steps=4), exact(name, target), exact(name, target), grid=grid).max() < 1e-12
+
+
+@pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("flow", "flow")])
+@phases
+def test_the_optimum_as_deployed_is_the_teachers_many_steps(name, target, segments):
+    """The student's steps compose to the teacher's DDIM: from the noise end over each segment to clean."""
+    objective, schedule, noise = Consistency(segments=segments, solver_steps=20), SCHEDULES[name], torch.randn(4, 2).double()
+    student = denoiser(Optimum(objective, schedule, uniform_grid(4)), schedule, target)
+    few = sample(student, noise, uniform_grid(segments), NOTHING, rng=stream(0, 0, 0, 0))
+    many = sample(exact(name, target), noise, uniform_grid(20), NOTHING, rng=stream(0, 0, 0, 0))
+    torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5)
+
+
+@phases
+def test_guidance_moves_the_optimum_by_the_distance_of_the_means(segments):
+    """consistency.md 2, invariant (c), with g = 1 + w."""
+    schedule, objective, null = SCHEDULES["sd"], Consistency(segments=segments, solver_steps=20), MEAN + 0.3
+    mean = lambda m: Cond({"mean": m[None]})  # noqa: E731
+    network = denoiser(Gaussian([0.0, 0.0], VAR.tolist()), schedule, "epsilon")
+    teacher, cond = Guided(network, 4.0, mean(null)), mean(MEAN).expand(N)
+    grid = uniform_grid(4)
+    moved = denoiser(Optimum(objective, schedule, grid, null + 4.0 * (MEAN - null)), schedule, "epsilon")
+    plain = denoiser(Optimum(objective, schedule, grid), schedule, "epsilon")
+    assert loss(objective, moved, teacher, cond=cond).max() < 1e-9
+    assert loss(objective, plain, teacher, cond=cond).mean() > 1e-2
+    assert loss(objective, plain, Guided(network, 1.0, mean(null)), cond=cond).max() < 1e-9
+
+
+def test_at_the_edge_the_target_is_the_teachers_point_itself():
+    """With as many solver steps as segments every s is an edge: what the student says of x_s is not listened to."""
+    schedule, objective = SCHEDULES["flow"], Consistency(solver_steps=4, huber=0.1)
+    student, teacher = denoiser(Linear(0.3, -0.5), schedule, "flow"), exact("flow", "flow")
+    rng, given = stream(0, 0, 0, 0), batch()
+    i = 1 + rng.integers(4, N)
+    t, s = i / 4, (i - 1) / 4
+    x_t = schedule.add_noise(given.latents, rng.normal_like(given.latents), t)
+    x_s = ddim(schedule, teacher(x_t, t.double(), NOTHING), s, rng)
+    landed = ddim(schedule, student(x_t, t.double(), NOTHING), s, rng)
+    found = objective.student_loss(game(student, teacher, grid=uniform_grid(4)), given, stream(0, 0, 0, 0)).terms["consistency"]
+    torch.testing.assert_close(found, pseudo_huber(landed, x_s, 0.1))
+
+
+def test_inside_a_segment_the_target_is_the_students_own_jump_from_the_teachers_point():
+    """LCM: both sides jump to clean; the target carries no gradient."""
+    schedule, objective = SCHEDULES["flow"], Consistency(steps=1, solver_steps=4, huber=0.1)
+    student, teacher = denoiser(Gaussian([0.3, 0.1], [0.5, 0.6]), schedule, "flow"), exact("flow", "flow")
+    rng, given = stream(0, 0, 0, 0), batch()
+    i = 1 + rng.integers(4, N)
+    t, s = i.double() / 4, (i.double() - 1) / 4
+    x_t = schedule.add_noise(given.latents, rng.normal_like(given.latents), t)
+    x_s = ddim(schedule, teacher(x_t, t, NOTHING), s, rng).detach()
+    target = torch.where((i == 1)[:, None], x_s, student(x_s, s.clamp(min=0.25), NOTHING).x0).detach()
+    expected = pseudo_huber(student(x_t, t, NOTHING).x0, target, 0.1)
+    losses = objective.student_loss(game(student, teacher), given, stream(0, 0, 0, 0))
+    torch.testing.assert_close(losses.terms["consistency"], expected)
+    parameters = list(student.net.parameters())
+    for a, b in zip(*(torch.autograd.grad(v.mean(), parameters) for v in (losses.total, expected))):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_boundary_is_the_identity():
+    """The jump from a time to itself gives the input back, for any student: no c_skip is needed."""
+    schedule, x, t = SCHEDULES["sd"], torch.randn(3, 2).double(), times(0.25, 0.5, 0.75)
+    prediction = denoiser(Linear(0.3, -0.5), schedule, "epsilon")(x, t, NOTHING)
+    torch.testing.assert_close(ddim(schedule, prediction, t, stream(0, 0, 0, 0)), x)
+
+
+def test_only_the_student_gets_a_gradient():
+    schedule = SCHEDULES["sd"]
+    student, teacher = denoiser(Gaussian([0.3, 0.1], [0.5, 0.6]), schedule, "epsilon"), exact("sd", "epsilon")
+    (turn,) = Consistency(solver_steps=8).round(0)
+    turn.loss(game(student, teacher, grid=uniform_grid(4)), batch(), stream(0, 0, 0, 0)).total.backward()
+    assert turn.player == "student"
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in student.net.parameters())
+    assert all(p.grad is None for p in teacher.net.parameters())
+
+
+def test_a_network_is_never_asked_where_it_knows_nothing():
+    """At s = 0 an x0-predicting network would be refused; the loss must not ask it there."""
+    asked = []
+
+    def call(net, x, time, cond):
+        asked.append(time)
+        return net(x, time, cond)
+
+    schedule = SCHEDULES["sd"]
+    student = Denoiser(exact("sd", "sample").net, schedule, "sample", call)
+    loss(Consistency(solver_steps=8), student, exact("sd", "sample"))
+    assert torch.cat(asked).min() >= 124
+
+
+# EDM's sigma is 80 t^7: a grid whose lowest time is 0.7 keeps its levels above 1e-4.
+LIFTED = (1.0, 0.9, 0.8, 0.7)
+
+
+def lifted(objective, schedule, target):
+    fewer = Consistency(segments=objective.segments, solver_steps=8)
+    return fewer, denoiser(Optimum(fewer, schedule, LIFTED), schedule, target)

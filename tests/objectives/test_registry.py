@@ -1,0 +1,140 @@
+"""What every registered objective gets for free: a contributor's file is tested here as soon as it is known by name."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from toys import NOTHING, SCHEDULES, Gaussian, denoiser, endpoint, game, gaussian, play, ring, sliced_w2
+
+from fewstep.config import parse
+from fewstep.objectives import Batch, objectives, register
+from fewstep.sampling import uniform_grid
+from fewstep.stream import stream
+
+every = pytest.mark.parametrize("name", objectives())
+
+# Where student, critic and teacher know the same law, these have nothing to learn. (Discrete consistency has its fixed point at
+# the composed steps of its teacher's solver: test_consistency.py.)
+AT_REST = {"dmd"}
+
+# What the toy world is played with: options, rounds. A new objective that needs neither is played with the default.
+GAMES: dict[str, tuple[dict, int]] = {"dmd": ({"sampler": "renoise"}, 300), "consistency": ({"sampler": "ddim"}, 600)}
+
+
+def made(name):
+    options, rounds = GAMES.get(name, ({}, 500))
+    return objectives()[name](steps=2, **options), rounds
+
+
+def weights(world):
+    return {f"{name}.{k}": v.clone() for name, net in world.players.items() for k, v in net.state_dict().items()}
+
+
+@every
+def test_only_the_mover_moves(name):
+    objective = made(name)[0]
+    world = ring(objective)
+    play(objective, world, 2, 32, 1e-3)  # away from the start, where last layers are zero
+    for i, turn in enumerate(objective.round(0)):
+        for player, net in world.players.items():
+            net.requires_grad_(player == turn.player)
+        turn.loss(world.nets, world.batch(32), stream(0, 0, 0, i)).total.backward()
+        moved = {player for player, net in world.players.items() if any(p.grad is not None for p in net.parameters())}
+        assert moved == {turn.player}
+        for net in world.players.values():
+            net.zero_grad(set_to_none=True)
+
+
+@every
+def test_every_trained_role_has_its_turn(name):
+    objective = made(name)[0]
+    assert {turn.player for turn in objective.round(0)} == {"student", *objective.needs.roles}
+
+
+@every
+def test_the_same_seed_gives_the_same_bits(name):
+    def trained(seed):
+        torch.manual_seed(0)
+        objective = made(name)[0]
+        world = ring(objective)
+        play(objective, world, 3, 32, 1e-3, seed)
+        return weights(world)
+
+    first, again, other = trained(0), trained(0), trained(1)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_finite_and_not_zero(name, dtype):
+    objective = made(name)[0]
+    world = ring(objective, dtype)
+    for net in world.players.values():
+        torch.nn.init.normal_(net.mlp[-1].weight, std=0.1)
+    for i, turn in enumerate(objective.round(0)):
+        losses = turn.loss(world.nets, world.batch(64), stream(0, 0, 0, i))
+        assert all(term.shape == (64,) and term.dtype == torch.float32 for term in losses.terms.values())
+        losses.total.backward()
+        for p in world.players[turn.player].parameters():
+            assert p.grad.isfinite().all() and p.grad.abs().max() > 0
+        world.players[turn.player].zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", sorted(AT_REST & set(objectives())))
+def test_equal_players_are_at_rest(name):
+    """No gradient for the student; none for the critic but chance."""
+    schedule, law, n = SCHEDULES["flow"], ([0.3, -1.0], [0.5, 2.0]), 512
+    objective = objectives()[name](steps=3)
+    student = denoiser(Gaussian(*law, endpoint), schedule, "flow")
+    nets = game(student, gaussian(*law, schedule, "flow"), gaussian(*law, schedule, "flow"), grid=uniform_grid(3))
+    grads: dict[str, list] = {"student": [], "critic": []}
+    for seed in range(24):
+        for i, turn in enumerate(objective.round(0)):
+            parameters = list(getattr(nets, turn.player).net.parameters())
+            total = turn.loss(nets, Batch(NOTHING, (n, 2)), stream(seed, 0, 0, i)).total
+            grads[turn.player].append(torch.cat(torch.autograd.grad(total, parameters)))
+    for found in (torch.stack(g) for g in grads.values()):
+        assert (found.mean(0).abs() <= 5 * found.std(0) / len(found) ** 0.5 + 1e-9).all()
+
+
+@every
+def test_it_improves_a_world_of_six_modes(name):
+    objective, rounds = made(name)
+    world = ring(objective)
+    goal = world.many_steps()
+    before = sliced_w2(world.sampled(), goal)
+    play(objective, world, rounds, 128, 2e-3)
+    assert sliced_w2(world.sampled(), goal) < before / 2
+
+
+@every
+def test_an_unknown_option_is_refused_by_name(name):
+    tree = {"teacher": {"path": "zoo:sprites-sd"}, "data": {"prompts": "zoo:sprites"}}
+    parse({**tree, "objective": {"name": name, "steps": 2}})
+    with pytest.raises(ValueError, match=r"objective\.stepz: unknown option; did you mean steps\?"):
+        parse({**tree, "objective": {"name": name, "stepz": 2}})
+
+
+@every
+def test_it_says_what_it_is_and_where_it_comes_from(name):
+    kind = objectives()[name]
+    module = inspect.getmodule(kind)
+    assert kind.__doc__ and not kind.__doc__.startswith(kind.__name__ + "(")  # a dataclass writes one where there is none
+    assert re.search(r"arXiv \d{4}\.\d{4,5}", kind.__doc__ + (module.__doc__ or ""))
+    assert len(inspect.getsource(module).splitlines()) <= 150
+
+
+@every
+def test_it_is_final_frozen_and_has_the_common_fields(name):
+    kind = objectives()[name]
+    assert kind.__final__ and kind.__dataclass_params__.frozen
+    assert {"steps", "sampler"} <= set(kind.__dataclass_fields__)
+
+
+def test_a_name_is_taken_once():
+    name, kind = next(iter(objectives().items()))
+    register(name)(kind)
+    with pytest.raises(ValueError, match=f"two objectives want the name '{name}'"):
+        register(name)(type("Other", (kind.__base__,), {}))

@@ -1,0 +1,292 @@
+"""A Denoiser and a step walk where the stock pipeline walks, for every family."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_vae, tiny_zimage_pipeline
+
+from fewstep.adapters import load_teacher, make_scheduler
+from fewstep.denoiser import Cond, Guided
+from fewstep.sampling import STEPS, rollout
+from fewstep.stream import stream
+
+MAKERS = {"sd": tiny_sd_pipeline, "zimage": tiny_zimage_pipeline, "ddpm": tiny_ddpm_pipeline}
+WORDS = ["a red circle", "a small blue square left of a star"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: save(make(), tmp_path_factory.mktemp(name) / "pipe") for name, make in MAKERS.items()}
+
+
+@pytest.fixture(scope="module")
+def teachers(folders):
+    return {name: load_teacher(str(folder)) for name, folder in folders.items()}
+
+
+class Times:
+    """Notes the times that a network is fed."""
+
+    def __init__(self, net):
+        self.seen, self.net = [], net
+
+    def __enter__(self):
+        def note(module, args, kwargs):
+            time = args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("t"))
+            self.seen.append(torch.as_tensor(time).double().flatten()[0].item())
+
+        self.hook = self.net.register_forward_pre_hook(note, with_kwargs=True)
+        return self.seen
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+
+class Draws:
+    """A step's noise as the stock schedulers draw it."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal_like(self, x):
+        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+
+
+def ours(teacher, noise, times, sampler="ddim", guidance=1.0, rng=None, words=WORDS):
+    """(every latent, the times fed) of our own walk."""
+    denoiser = Guided(teacher.denoiser(teacher.net), guidance, teacher.null())
+    with torch.no_grad(), Times(teacher.net) as seen:
+        visits = list(rollout(denoiser, noise, times, teacher.encode(words), step=STEPS[sampler], rng=rng or stream(0, 0, 0, 0)))
+    return [v.x_s for v in visits], seen
+
+
+def stock(teacher, noise, steps, sampler="ddim", guidance=1.0, seed=0):
+    """The same of the pipeline that will be deployed, with nothing of ours in it but the scheduler's config."""
+    latents = []
+
+    def collect(pipe, index, time, values):
+        latents.append(values["latents"].clone())
+        return {}
+
+    pipe = type(teacher.pipe)(**{**teacher.pipe.components, "scheduler": teacher.scheduler(sampler)})
+    pipe.set_progress_bar_config(disable=True)
+    with Times(teacher.net) as seen:
+        pipe(
+            WORDS,
+            height=64,
+            width=64,
+            num_inference_steps=steps,
+            guidance_scale=teacher.family.guidance(guidance),
+            latents=noise.clone(),
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            callback_on_step_end=collect,
+        )
+    return latents, seen
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize("name", ["sd", "zimage"])
+def test_every_latent_is_the_pipelines_own(teachers, name, steps, guidance):
+    teacher = teachers[name]
+    noise = torch.randn(2, *teacher.latent_shape)
+    theirs, fed = stock(teacher, noise, steps, guidance=guidance)
+    found, times = ours(teacher, noise, teacher.grid(steps, "ddim"), guidance=guidance)
+    assert len(found) == len(theirs) == steps
+    for a, b in zip(found, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert times == pytest.approx(fed, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_renoise_is_the_lcm_schedulers_walk(teachers, steps):
+    teacher = teachers["sd"]
+    noise = torch.randn(2, *teacher.latent_shape)
+    theirs, fed = stock(teacher, noise, steps, "renoise", seed=3)
+    found, times = ours(teacher, noise, teacher.grid(steps, "renoise"), "renoise", rng=Draws(3))
+    # LCMScheduler's c_skip and c_out are off the boundary's 0 and 1 by up to 1e-5 of x_t at the smallest deployed time.
+    for a, b in zip(found, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert times == fed
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_pixels_are_the_ddim_pipelines_own(teachers, steps):
+    teacher = teachers["ddpm"]
+    pipe = diffusers.DDIMPipeline(unet=teacher.net, scheduler=teacher.scheduler("ddim"))
+    pipe.set_progress_bar_config(disable=True)
+    with Times(teacher.net) as fed:
+        theirs = pipe(
+            batch_size=2, generator=torch.Generator().manual_seed(5), num_inference_steps=steps, output_type="np"
+        ).images
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(5))
+    found, times = ours(teacher, noise, teacher.grid(steps, "ddim"), words=["", ""])
+    pixels = (found[-1] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(pixels, theirs, atol=1e-5)
+    assert times == pytest.approx(fed, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_grid_falls_from_pure_noise(teachers, name):
+    teacher = teachers[name]
+    for sampler in teacher.family.samplers:
+        for steps in (1, 2, 4):
+            grid = teacher.grid(steps, sampler)
+            assert len(grid) == steps and grid[0] == 1.0
+            assert all(a > b > 0 for a, b in pairwise(grid))
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "steps"),
+    [("sd", "ddim", 0), ("sd", "ddim", 1001), ("sd", "renoise", 101), ("zimage", "ddim", 0), ("ddpm", "ddim", 2000)],
+)
+def test_a_grid_that_no_scheduler_makes_is_refused(teachers, name, sampler, steps):
+    with pytest.raises(ValueError, match="choose another step count") as refused:
+        teachers[name].grid(steps, sampler)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_sampler_without_a_stock_scheduler_is_refused(teachers):
+    teacher = teachers["zimage"]
+    with pytest.raises(ValueError, match="no stock scheduler of this family computes the sampler 'renoise'; it has: ddim"):
+        make_scheduler(teacher.family, teacher.pipe.scheduler.config, "renoise")
+
+
+@pytest.mark.parametrize("name", ["sd", "zimage"])
+def test_pictures_are_decoded_as_the_pipeline_decodes_them(teachers, name):
+    teacher = teachers[name]
+    latents = torch.randn(2, *teacher.latent_shape)
+    images = teacher.to_images(latents)
+    config = teacher.pipe.vae.config
+    with torch.no_grad():
+        raw = teacher.pipe.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0)).sample
+    theirs = np.stack([np.asarray(p) for p in teacher.pipe.image_processor.postprocess(raw, output_type="pil")])
+    assert images.dtype == np.uint8 and images.shape == (2, 64, 64, 3)
+    np.testing.assert_array_equal(images, theirs)
+
+
+@pytest.mark.parametrize("vae", [{}, {"shift_factor": 0.25, "scaling_factor": 0.5}])
+def test_latents_are_the_scaled_and_shifted_posterior_mean(teachers, vae):
+    parts = {**teachers["sd"].pipe.components, "vae": tiny_vae(**vae).eval(), "requires_safety_checker": False}
+    teacher = replace(teachers["sd"], pipe=diffusers.StableDiffusionPipeline(**parts))
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    latents = teacher.to_latents(images, batch=2)
+    x = teacher.pipe.image_processor.preprocess([Image.fromarray(i) for i in images])
+    with torch.no_grad():
+        mean = teacher.pipe.vae.encode(x).latent_dist.mode()
+    assert latents.shape == (3, *teacher.latent_shape)
+    scale, shift = vae.get("scaling_factor", 0.18215), vae.get("shift_factor", 0)
+    torch.testing.assert_close(latents, (mean - shift) * scale, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        there = teacher.pipe.image_processor.postprocess(teacher.pipe.vae.decode(mean).sample, output_type="pil")
+    np.testing.assert_array_equal(teacher.to_images(latents), np.stack([np.asarray(p) for p in there]))
+
+
+def test_pixels_survive_the_round_trip(teachers):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    teacher = teachers["ddpm"]
+    latents = teacher.to_latents(images)
+    assert float(latents.min()) >= -1 and float(latents.max()) <= 1
+    np.testing.assert_array_equal(teacher.to_images(latents, batch=2), images)
+    assert teacher.resolution == (8, 8)
+
+
+def test_conditions_do_not_depend_on_their_batch(teachers):
+    for name in ("sd", "zimage"):
+        teacher = teachers[name]
+        whole, parts = teacher.encode(WORDS), teacher.encode(WORDS, batch=1)
+        for key, value in whole.tensors.items():
+            torch.testing.assert_close(parts.tensors[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_labels_reach_a_class_conditional_network():
+    net = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=10,
+    )
+    from fewstep.adapters import FAMILIES
+
+    x, time = torch.randn(2, 3, 8, 8), torch.full((2,), 500.0)
+    call, encode = FAMILIES["DDPMPipeline"].call, FAMILIES["DDPMPipeline"].encode
+    with torch.no_grad():
+        found = call(net, x, time, encode(None, ["7", "3"]))
+        torch.testing.assert_close(found, net(x, time, class_labels=torch.tensor([7, 3])).sample)
+        assert not torch.equal(found, call(net, x, time, Cond({"label": torch.tensor([3, 3])})))
+
+
+# What cannot be loaded is refused in one sentence, before a weight is read where that is possible.
+
+
+@pytest.fixture
+def copied(folders, tmp_path):
+    return lambda name="sd": shutil.copytree(folders[name], tmp_path / "copy")
+
+
+def refused(path):
+    with pytest.raises(ValueError) as error:
+        load_teacher(str(path))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_unknown_family_is_refused_before_its_weights_are_read(copied):
+    folder = copied()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
+    shutil.rmtree(folder / "unet")
+    said = refused(folder)
+    assert "KandinskyPipeline is not a family fewstep knows" in said and "StableDiffusionPipeline" in said
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    assert "there is no teacher at" in refused(tmp_path / "nowhere")
+
+
+def test_a_hub_id_without_network_is_refused():
+    said = refused("models/nowhere")
+    assert "the teacher models/nowhere cannot be loaded" in said and "or give a folder" in said
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path):
+    assert "is not a Diffusers pipeline folder: it has no model_index.json" in refused(tmp_path)
+    (tmp_path / "model.ckpt").touch()
+    assert "is not a Diffusers pipeline folder" in refused(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pkl", ".ckpt", ".pth"])
+def test_a_pickle_is_refused_unread(copied, suffix):
+    folder = copied("ddpm")
+    (folder / "unet" / f"diffusion_pytorch_model{suffix}").write_bytes(b"not looked at")
+    said = refused(folder)
+    assert f"diffusion_pytorch_model{suffix} is a pickle" in said and "save_pretrained" in said
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_index_is_refused(copied, text):
+    folder = copied("ddpm")
+    (folder / "model_index.json").write_text(text)
+    assert "model_index.json is damaged; save the pipeline again" in refused(folder)
+
+
+@pytest.mark.parametrize("left", [None, 100, 4000])
+def test_missing_or_truncated_weights_are_refused(copied, left):
+    folder = copied("ddpm")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    if left is not None:
+        file.write_bytes(whole[:left])
+    assert "cannot be loaded" in refused(folder)
