@@ -44,7 +44,7 @@ class Study:
     @property
     def guidance(self) -> float:
         wanted = self.config.teacher.guidance
-        return self.teacher.family.default_guidance if wanted is None else wanted
+        return self.teacher.guidance if wanted is None else wanted
 
     @cached_property
     def null(self) -> Cond:
@@ -72,7 +72,7 @@ def open_study(config: Config) -> Study:
     teacher = load_teacher(config.teacher.path)
     objective, family = config.objective, teacher.family
     sampler = objective.sampler or next(iter(family.samplers))
-    grid = teacher.grid(objective.steps, sampler)
+    grid = teacher.deployed_grid(objective.steps, sampler)
     wanted = {"student": config.student.kind()}
     if "critic" in objective.needs.roles:
         wanted["critic"] = config.critic.kind()

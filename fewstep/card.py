@@ -84,9 +84,11 @@ def snippet(facts: dict[str, Any], name: str) -> str:
 
 
 def _hints(facts: dict[str, Any]) -> str:
-    lines = ["The scheduler saved here gives the trained times; with another one, or with guidance, the pictures are worse."]
+    lines = ["The scheduler saved here gives the times the student was trained at; another one gives other times."]
     if facts["text"]:
-        lines.append(f"`guidance_scale={facts['call']['guidance_scale']!r}` is no guidance: the student needs none.")
+        lines.append(
+            f"`guidance_scale={facts['call']['guidance_scale']!r}` is no guidance: the student was trained to need none."
+        )
     if facts["form"] == "lora":
         lines.append("The LoRA's alpha equals its rank: strength 1.0 is right in every reader.")
     lines.append("`fewstep verify` on this folder proves all of it in a fresh process.")

@@ -127,11 +127,15 @@ def export(
 
 
 @app.command()
-def verify(folder: Path, as_json: Json = False) -> None:
+def verify(
+    folder: Path,
+    teacher: Annotated[str | None, typer.Option(help="Where a LoRA's teacher is now, if not where it was.")] = None,
+    as_json: Json = False,
+) -> None:
     """Proves in a fresh process without fewstep that stock Diffusers runs an export as it was trained."""
     from fewstep.verify import verify as prove
 
-    report = prove(folder)
+    report = prove(folder, teacher)
     lines = [f"{'ok ' if c.ok else 'NOT'} {c.name}: {c.detail}" for c in report.checks]
     say({"ok": report.ok, "checks": [c.__dict__ for c in report.checks]}, as_json, lines)
     if not report.ok:
@@ -168,6 +172,8 @@ def main() -> None:
     """Runs the command; a user's mistake is one sentence and exit code 2, ours a traceback and 1."""
     if "-h" in sys.argv[1:]:
         sys.argv[sys.argv.index("-h")] = "--help"
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other packages; ours are plain lines then
     try:
         app(standalone_mode=False)
     except typer.Exit as done:

@@ -34,12 +34,12 @@ class Row:
 
 
 def evaluate(
-    target: Path, protocol_name: str, *, out: Path | None, steps: list[int], fresh: bool, teacher: bool
+    target: Path | str, protocol_name: str, *, out: Path | None, steps: list[int], fresh: bool, teacher: bool
 ) -> tuple[dict[str, Any], Path]:
     """Measures a target and writes results.json (beside it, or at `out`). Returns both.
 
     A teacher of the zoo brings its rows on its card, taken where protocol and extractor are the same and `fresh` is not asked."""
-    protocol = load_protocol(protocol_name)
+    protocol, target = load_protocol(protocol_name), Path(target)
     where = out or (target / CARD if target.is_dir() else Path(CARD))
     prompts = load_prompts(protocol)
     said = describe(protocol, cache=default_cache())
@@ -58,7 +58,7 @@ def _rows(
         lines = [_student(run, n, protocol) for n in (steps or run.study.steps())]
         if not teacher:
             return lines, []
-        known = _card(run.config.teacher.path, run.study.guidance, said)
+        known = _card(run.study.teacher, run.study.guidance, said)
         missing = [n for n in TEACHER_STEPS if n not in {r["steps"] for r in known}]
         return [
             *(_guided(run.study.teacher, run.study.guided(run.study.roles["teacher"]), n, protocol) for n in missing),
@@ -88,20 +88,13 @@ def _guided(teacher: Teacher, denoiser: Guided, n: int, protocol: Protocol) -> R
 
 def _plain(path: str, n: int, protocol: Protocol) -> Row:
     teacher = load_teacher(path)
-    guidance = zoo_guidance(path) or teacher.family.default_guidance
-    return _guided(teacher, Guided(teacher.denoiser(teacher.net), guidance, teacher.null()), n, protocol)
+    return _guided(teacher, Guided(teacher.denoiser(teacher.net), teacher.guidance, teacher.null()), n, protocol)
 
 
-def zoo_guidance(path: str) -> float | None:
-    """The guidance scale that a zoo teacher is meant to be used with; None for other teachers."""
-    file = HERE / path.removeprefix("zoo:") / "card.json"
-    return json.loads(file.read_text())["guidance"] if path.startswith("zoo:") and file.exists() else None
-
-
-def _card(path: str, guidance: float, said: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _card(teacher: Teacher, guidance: float, said: dict[str, Any] | None) -> list[dict[str, Any]]:
     """A zoo teacher's stored rows, if they were measured as we would."""
-    file = HERE / path.removeprefix("zoo:") / CARD
-    if said is None or not path.startswith("zoo:") or not file.exists() or guidance != zoo_guidance(path):
+    file = HERE / teacher.path.removeprefix("zoo:") / CARD
+    if said is None or not teacher.path.startswith("zoo:") or not file.exists() or guidance != teacher.guidance:
         return []
     stored = results.read(file)
     same = all(stored["protocol"].get(k) == said[k] for k in ("hash", "extractor_id", "clip_id", "reference_sha256"))

@@ -33,7 +33,7 @@ def _objectives() -> list[dict[str, Any]]:
 
 
 def _teachers() -> list[dict[str, Any]]:
-    from fewstep.adapters import FAMILIES
+    from fewstep.families import FAMILIES
     from fewstep.zoo import HERE, NAMES
 
     zoo = [{"name": f"zoo:{n}", "about": "embedded, no download"} for n in NAMES if (HERE / n / "model_index.json").exists()]

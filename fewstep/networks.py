@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,8 @@ def build(
     Full roles are float32 copies. Raises ValueError if no layer of the network matches `lora_targets`."""
     base.requires_grad_(False).eval()
     copies = {name: copy.deepcopy(base).float().requires_grad_(True) for name, kind in wanted.items() if isinstance(kind, Full)}
-    base.to(dtype)
+    if any(p.dtype != dtype for p in base.parameters()):
+        base.to(dtype)
     targets = list(lora_targets)
     for name, kind in wanted.items():
         if isinstance(kind, Lora):
@@ -132,7 +134,8 @@ def build(
 
 def _inject(base: nn.Module, name: str, kind: Lora, targets: list[str], seed: int) -> None:
     config = LoraConfig(r=kind.rank, lora_alpha=kind.alpha or kind.rank, target_modules=targets, init_lora_weights=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we are about
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, base, adapter_name=name)

@@ -9,9 +9,9 @@ from typing import Any
 import diffusers
 import torch
 
-from fewstep.adapters import Family, family_of, make_scheduler
 from fewstep.config import Config
 from fewstep.deploy import falling, seen_times
+from fewstep.families import Family, family_of, make_scheduler
 from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.networks import Full, Lora, build
 

@@ -149,10 +149,12 @@ def operations(monkeypatch, after):
             made.append(name)
             if after is not None and len(made) == after // 2 + 1 and after % 2 == 0:
                 raise Killed
-            result = real(*args, **kwargs)
-            if after is not None and len(made) == after // 2 + 1:
-                raise Killed
-            return result
+            number = len(made)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                if after is not None and number == after // 2 + 1:
+                    raise Killed
 
         monkeypatch.setattr(place, name, instead)
 

@@ -13,13 +13,16 @@ ROOT = Path(__file__).parents[1]
 MATH = {"schedules", "losses", "stream"}
 DENOISER = MATH | {"denoiser"}
 PARTS = {"sampling", "times", "heads", "experts"}
-SIDE_DOORS = {"adapters", "networks", "data", "export"}
-LOOP = {"trainer", "ema", "checkpoint", "monitor"}
+TEACHER = {"families", "folders", "deploy", "adapters"}
+SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "proof", "export"}
+LOOP = {"trainer", "ema", "checkpoint", "monitor", "progress"}
+COMMANDS = {"plan", "drawing", "judging", "listing", "doctor", "demo"}
 MAY_IMPORT = {
     # upwards, one layer a paragraph
     "schedules": set(),
     "losses": set(),
     "stream": set(),
+    "progress": set(),
     #
     "denoiser": MATH,
     #
@@ -33,29 +36,42 @@ MAY_IMPORT = {
     "ema": set(),
     "checkpoint": {"ema"},
     "monitor": DENOISER | PARTS,
-    "trainer": DENOISER | PARTS | LOOP | {"objectives", "networks", "data", "config"},
+    "trainer": DENOISER | PARTS | LOOP | {"objectives", "networks", "data"},
     # side doors: they know Diffusers, and nothing of objectives and the trainer
-    "adapters": DENOISER | PARTS | {"zoo"},
-    "networks": DENOISER | PARTS | {"adapters"},
-    "data": DENOISER | PARTS | {"adapters", "zoo"},
+    "families": DENOISER | PARTS,
+    "folders": {"zoo"},
+    "deploy": DENOISER | PARTS,
+    "adapters": DENOISER | PARTS | TEACHER | {"zoo"},
+    "networks": DENOISER | PARTS | TEACHER,
+    "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},
+    "loraformat": set(),
+    "proof": set(),  # runs where fewstep cannot be imported
+    "card": DENOISER | PARTS | TEACHER | {"loraformat"},
     "export": DENOISER | PARTS | SIDE_DOORS,
     "verify": DENOISER | PARTS | SIDE_DOORS,
     # the judge: sees pictures, not how they were trained
-    "evaluation": DENOISER | PARTS | {"adapters", "data", "zoo"},
+    "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress"},
     # the embedded world is free of the framework; the programs that made its teachers are not
-    "zoo": DENOISER | PARTS,
-    "zoo.teachers": DENOISER | PARTS | {"zoo", "adapters"},
+    "zoo": DENOISER | PARTS | {"progress"},
+    "zoo.teachers": DENOISER | PARTS | {"zoo", "families"},
     "zoo.build": DENOISER | PARTS | SIDE_DOORS | {"zoo", "zoo.teachers", "evaluation"},
     # where all is joined
-    "config": DENOISER | PARTS | {"objectives"},
+    "config": DENOISER | PARTS | {"objectives", "networks", "trainer"},
     "api": DENOISER | PARTS | SIDE_DOORS | LOOP | {"objectives", "verify", "evaluation", "zoo", "config"},
-    "cli": DENOISER | PARTS | SIDE_DOORS | LOOP | {"objectives", "verify", "evaluation", "zoo", "config", "api"},
+    # what the commands do
+    "plan": SIDE_DOORS | {"config"},
+    "drawing": {"api", "data", "evaluation"},
+    "judging": {"api", "adapters", "data", "denoiser", "evaluation", "zoo"},
+    "listing": {"families", "objectives", "zoo"},
+    "doctor": set(),
+    "demo": {"api", "config", "judging", "verify"},
+    "cli": COMMANDS | {"api", "config", "verify"},
     "__main__": {"cli"},
     "": {"api", "adapters"},  # fewstep/__init__.py: its lazy public names
 }
 
 # Which modules alone may import these packages.
-DIFFUSERS = SIDE_DOORS | {"zoo", "verify"}  # verify: the script it runs where fewstep cannot be imported
+DIFFUSERS = SIDE_DOORS | {"zoo", "plan"}
 ONLY_IN = {"diffusers": DIFFUSERS, "transformers": DIFFUSERS, "peft": DIFFUSERS, "accelerate": {"trainer"}}
 
 # What these may not import even by way of others.

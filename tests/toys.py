@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoiser import TARGETS, Cond, Denoiser
+from fewstep.denoiser import TARGETS, Cond, Denoiser, Guided
 from fewstep.objectives import Batch, Nets, Objective
-from fewstep.sampling import STEPS, Step, sample, uniform_grid
+from fewstep.sampling import STEPS, Step, renoise, sample, uniform_grid
 from fewstep.schedules import EDM, DiscreteVP, NoiseSchedule, RectifiedFlow, TrigFlow, like
 from fewstep.stream import stream
 
@@ -53,8 +53,8 @@ class OneLevel(NoiseSchedule):
     sigma: float
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.double()
-        return torch.where(t > 0, self.alpha, 1.0).double(), torch.where(t > 0, self.sigma, 0.0).double()
+        noisy = (t > 0).double()
+        return 1 + noisy * (self.alpha - 1), noisy * self.sigma
 
     def t_of_ratio(self, ratio: Tensor) -> Tensor:
         return (ratio > 0).double()
@@ -123,12 +123,12 @@ def posterior(alpha: Tensor, sigma: Tensor, var: Tensor) -> Tensor:
 
 
 def endpoint(alpha: Tensor, sigma: Tensor, var: Tensor) -> Tensor:
-    """Gain of the map that carries the law of x_t to that of x0: the exact student of any number of steps, the probability flow's end."""
+    """Gain of the map that carries the law of x_t to that of x0, where the probability flow ends: the exact student (O7)."""
     return (var / (alpha**2 * var + sigma**2)).sqrt()
 
 
 class Gaussian(nn.Module):
-    """x0 ~ N(mean, diag var): mean + gain (x - alpha mean). The conditions 'mean' and 'var', where present, take the parameters' place."""
+    """x0 ~ N(mean, diag var): mean + gain (x - alpha mean). Conditions 'mean' and 'var' take the parameters' place."""
 
     def __init__(self, mean: Sequence[float], var: Sequence[float], gain=posterior) -> None:
         super().__init__()
@@ -228,9 +228,8 @@ class World:
 
     def many_steps(self, n: int = 2000) -> Tensor:
         """What the teacher draws in a hundred steps."""
-        return sample(
-            self.nets.teacher, stream(8, 0, 0, "noise").normal((n, 2)), uniform_grid(100), NOTHING, rng=stream(8, 0, 0, 0)
-        )
+        rng = stream(8, 0, 0, "noise")
+        return sample(self.nets.teacher, rng.normal((n, 2)), uniform_grid(100), NOTHING, rng=rng)
 
 
 def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
@@ -307,7 +306,12 @@ class Quadrature:
 
 
 def game(
-    student: Denoiser, teacher, critic: Denoiser | None = None, *, grid: Sequence[float] = (1.0,), step: Step = STEPS["renoise"]
+    student: Denoiser,
+    teacher: Denoiser | Guided | None,
+    critic: Denoiser | None = None,
+    *,
+    grid: Sequence[float] = (1.0,),
+    step: Step = renoise,
 ) -> Nets:
     """Nets with the given players; one step unless a grid says otherwise."""
     return Nets(student=student, teacher=teacher, grid=tuple(grid), step=step, critic=critic)

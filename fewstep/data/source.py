@@ -113,7 +113,7 @@ def _weights(module: nn.Module) -> str:
 
 
 def _has_conditions(teacher: Teacher) -> bool:
-    from fewstep.adapters import net_config
+    from fewstep.families import net_config
 
     reads = any(k.startswith("text_encoder") and v is not None for k, v in teacher.pipe.components.items())
     return reads or bool(net_config(teacher.net).get("num_class_embeds"))

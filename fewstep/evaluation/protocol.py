@@ -185,8 +185,13 @@ def judge(
         row["clip"] = float(_clip(protocol.clip, protocol.batch).score(images, prompts).mean(dtype=np.float64))
     if protocol.accuracy:
         from fewstep.zoo.reading import accuracy
+        from fewstep.zoo.sprites import parse
 
-        row["accuracy"] = float(accuracy(list(prompts), images).mean())
+        scores = accuracy(list(prompts), images)
+        row["accuracy"] = float(scores.mean())
+        alone = np.array([len(parse(p).nouns) == 1 for p in prompts])
+        if alone.any():
+            row["accuracy_one"] = float(scores[alone].mean())  # captions of a single sprite
     row["saturated"] = float(((images == 0) | (images == 255)).mean())
     row["pixel_mean"] = float(images.mean(dtype=np.float64))
     row["pixel_std"] = float(images.std(dtype=np.float64))

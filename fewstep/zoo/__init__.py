@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 HERE = Path(__file__).parent / "models"
@@ -15,3 +16,9 @@ def folder(name: str) -> Path:
     if not (HERE / name).exists():
         raise ValueError(f"zoo:{name} is not in this installation; `python -m fewstep.zoo.build` makes it")
     return HERE / name
+
+
+def guidance(name: str) -> float | None:
+    """The guidance scale that a teacher of the zoo is meant for, as its card says; None where there is no card yet."""
+    card = HERE / name / "card.json"
+    return float(json.loads(card.read_text())["guidance"]) if card.exists() else None

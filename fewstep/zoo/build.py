@@ -23,8 +23,8 @@ from fewstep.zoo.training import train
 
 POOL_SEEDS, POOL_CHUNK = tuple(range(1000, 1015)), 4000  # 60,000 drawings
 VAE_STEPS, VAE_BATCH, VAE_LR = 4600, 16, 2e-3
-CLIP_STEPS, CLIP_BATCH = 1200, 128
-TEACHER_STEPS = {"sprites-sd": 8500, "sprites-flow": 7200}
+CLIP_STEPS, CLIP_BATCH = 1000, 256
+TEACHER_STEPS = {"sprites-sd": 7700, "sprites-flow": 6500}
 TEACHER_BATCH, TEACHER_LR = 64, 2e-3
 
 

@@ -16,8 +16,8 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model
 
-from fewstep.adapters import FAMILIES
 from fewstep.denoiser import Cond, Denoiser
+from fewstep.families import FAMILIES
 from fewstep.schedules import NoiseSchedule
 from fewstep.zoo.words import clip_tokenizer, qwen_tokenizer
 

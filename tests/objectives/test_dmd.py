@@ -143,7 +143,7 @@ def test_the_best_critic_knows_the_students_law(a, sig, m, r, target):
 
 
 def pair(mean, var):
-    return Cond({"mean": torch.tensor([[mean]]).double(), "var": torch.tensor([[var]]).double()})
+    return Cond({"mean": times(mean)[None], "var": times(var)[None]})
 
 
 def guided_gradient(scale, conditional, unconditional, m, r):

@@ -1,0 +1,84 @@
+"""Measures the zoo's teachers and writes their cards: `python eval/zoo_cards.py NAME [--guidance G] [--protocol sprites]`.
+
+Into fewstep/zoo/models/NAME go card.json (the guidance the teacher is meant for), results.json (its rows at 50, 8, 4, 2 and 1
+steps under the protocol, with floor, one-shape accuracy, environment) and README.md, rendered from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from fewstep.adapters import load_teacher
+from fewstep.evaluation import results
+from fewstep.evaluation.protocol import Protocol, load_protocol
+from fewstep.evaluation.reference import reference_images
+from fewstep.judging import evaluate, table
+from fewstep.zoo import folder
+from fewstep.zoo.reading import accuracy
+from fewstep.zoo.sprites import captions
+
+STEPS = [50, 8, 4, 2, 1]
+ABOUT = {
+    "sprites-sd": "Small Stable Diffusion: AutoencoderKL (8x), CLIP text encoder, epsilon-predicting UNet on 8x8x4 latents.",
+    "sprites-flow": "A flow-matching transformer (ZImagePipeline) with a Qwen3 text encoder, on the latents of sprites-sd.",
+}
+
+
+def reading_scores(name: str, protocol: Protocol, n: int = 1000) -> dict[str, float]:
+    """Attribute accuracy of true drawings and of the autoencoder's reconstructions of them: the ceilings of every model."""
+    images, texts = reference_images("zoo:sprites", n, protocol.seed), captions(protocol.seed, n)
+    teacher = load_teacher(f"zoo:{name}")
+    again = teacher.to_images(teacher.to_latents(images))
+    return {"drawings": float(accuracy(texts, images).mean()), "reconstructions": float(accuracy(texts, again).mean())}
+
+
+def card(name: str, guidance: float, found: dict, ceilings: dict[str, float]) -> str:
+    """The card's text."""
+    protocol = found["protocol"]
+    lines = [
+        f"# zoo:{name}",
+        "",
+        ABOUT[name],
+        "",
+        f"Made by `python -m fewstep.zoo.build`; measured by `python eval/zoo_cards.py {name} --guidance {guidance:g}`",
+        f"(protocol `{protocol['name']}`, {protocol['n']} samples, seed {protocol['seed']}, {found['environment']['cpu']},",
+        f"commit {found['environment']['git_commit']}). Guidance scale {guidance:g} (u + g (c - u)). Licence: Apache-2.0.",
+        "",
+        "| steps | FD | KID | coverage | CLIP | accuracy | one shape |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(found["rows"], key=lambda r: -r["steps"]):
+        numbers = [f"{row[k]:.4g}" for k in ("fd", "kid", "coverage", "clip", "accuracy", "accuracy_one")]
+        lines.append(f"| {row['steps']} | " + " | ".join(numbers) + " |")
+    fd = {r["steps"]: r["fd"] for r in found["rows"]}
+    lines += [
+        "",
+        f"Floor (true drawings against true drawings): FD {protocol['fd_floor']:.4g}. "
+        f"FD at 4 steps is {fd[4] / fd[50]:.2f} times, at 1 step {fd[1] / fd[50]:.1f} times that at 50.",
+        f"Accuracy of true drawings {ceilings['drawings']:.4f}, of reconstructions {ceilings['reconstructions']:.4f}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=sorted(ABOUT))
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--protocol", default="sprites")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    place = folder(args.name)
+    (place / "card.json").write_text(json.dumps({"guidance": args.guidance}) + "\n")
+    found, _ = evaluate(f"zoo:{args.name}", args.protocol, out=place / "results.json", steps=STEPS, fresh=True, teacher=True)
+    ceilings = reading_scores(args.name, load_protocol(args.protocol))
+    (place / "README.md").write_text(card(args.name, args.guidance, found, ceilings))
+    results.read(place / "results.json")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Kills a training at random instants until it is done: `python tests/kill.py TEACHER WORK KILLS SEED`, run by test_trainer.py.
+
+Everything is imported once; every attempt is a forked process of its own, so that a kill costs no import. Half of the kills are
+aimed at the moment when a checkpoint is being written. Prints {"kills", "while saving", "rounds seen"} as JSON.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fewstep import api
+from fewstep.config import parse
+
+torch.set_num_threads(1)
+
+
+def settings(teacher: str, prompts: str, rounds: int) -> dict:
+    return {
+        "teacher": {"path": teacher, "guidance": 2.0},
+        "student": {"weights": "lora", "rank": 2},
+        "critic": {"weights": "lora", "rank": 2},
+        "objective": {"name": "dmd", "steps": 2, "critic_turns": 1},
+        "data": {"prompts": prompts},
+        "train": {"rounds": rounds, "batch": 1, "lr": 1e-3, "save_every": 1, "log_every": 1, "preview_every": 1000, "ema": 0.9},
+    }
+
+
+def attempt(tree: dict, folder: Path) -> int:
+    """The id of a process that trains, from wherever the folder is."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.log").open("a")
+        api.train(parse(tree), folder, resume=(folder / "config.yaml").exists())
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def newest(folder: Path) -> int:
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    return int(found[-1].name.split("-")[1]) if found else 0
+
+
+def saving(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob(".*"))
+
+
+def ended(child: int) -> bool:
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done and os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"an attempt failed with {os.waitstatus_to_exitcode(status)}")
+    return bool(done)
+
+
+def main(teacher: str, work: Path, kills: int, seed: int) -> None:
+    rng = random.Random(seed)
+    api.Preview.__call__ = lambda *_: None  # type: ignore[method-assign]  # 50 teacher steps that nobody looks at
+    prompts = work / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    tree = settings(teacher, str(prompts), 3 * kills + 4)
+
+    began = time.monotonic()
+    child = attempt(tree, work / "whole")
+    while not (work / "whole" / "config.yaml").exists() and not ended(child):
+        time.sleep(0.002)
+    loading = time.monotonic() - began
+    os.waitpid(child, 0)
+    a_round = (time.monotonic() - began - loading) / tree["train"]["rounds"]
+
+    folder, hits, seen = work / "killed", 0, []
+    for number in range(kills):
+        # Anywhere from before the folder exists to two rounds on; but never so late that there is nothing left to kill.
+        due = time.monotonic() + rng.uniform(0, 1.2 * loading + 2.5 * a_round)
+        last = 3 * (number + 1)
+        child = attempt(tree, folder)
+        while not ended(child):
+            ripe = time.monotonic() > due or newest(folder) >= last
+            if ripe and (number % 2 == 0 or saving(folder) or newest(folder) > last):
+                break
+            time.sleep(0.0005)
+        else:
+            raise SystemExit(f"attempt {number} was done before it was killed")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        hits += saving(folder)
+        seen.append(newest(folder))
+    last = attempt(tree, folder)
+    if os.waitstatus_to_exitcode(os.waitpid(last, 0)[1]):
+        raise SystemExit("the last attempt failed: " + (work / "killed.log").read_text()[-2000:])
+    print(json.dumps({"kills": kills, "while saving": hits, "rounds seen": seen, "loading": loading, "round": a_round}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

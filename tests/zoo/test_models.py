@@ -1,0 +1,86 @@
+"""The shipped zoo: small, half precision, loads through the stock classes, and is what its cards say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from fewstep.adapters import load_teacher
+from fewstep.api import generate
+from fewstep.denoiser import Guided
+from fewstep.evaluation.clip_score import ClipScore
+from fewstep.zoo import HERE, NAMES, folder, guidance
+from fewstep.zoo.reading import accuracy
+from fewstep.zoo.sprites import captions, draw
+
+TEACHERS = tuple(n for n in NAMES if n != "sprites-clip")
+
+
+def test_the_zoo_ships_half_precision_safetensors_of_at_most_30_mb():
+    files = [f for f in HERE.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 30e6
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy")]
+    for file in HERE.rglob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            shapes = {k: stored.get_slice(k) for k in list(stored.keys())}
+        wide = [k for k, v in shapes.items() if v.get_dtype() == "F32" and len(v.get_shape()) > 1]
+        assert not wide, (file, wide[:3])
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="sprites-flow"):
+        folder("sprites-xl")
+
+
+def test_reconstructions_are_read_like_drawings():
+    images, texts = draw(11, 200)
+    teacher = load_teacher("zoo:sprites-sd")
+    again = teacher.to_images(teacher.to_latents(images))
+    assert accuracy(texts, again).mean() >= 0.97
+
+
+def test_latents_are_standardised_and_shared_by_both_teachers():
+    images, _ = draw(12, 100)
+    one, two = (load_teacher(f"zoo:{n}").to_latents(images) for n in TEACHERS)
+    assert torch.equal(one, two)
+    assert one.mean().abs() < 0.1 and abs(one.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_draws_what_it_is_asked(name):
+    """A floor well under the card's accuracy: 48 pictures, 16 steps."""
+    teacher = load_teacher(f"zoo:{name}")
+    texts = captions(13, 48)
+    scale = guidance(name)
+    assert scale is not None and scale > 1
+    guided = Guided(teacher.denoiser(teacher.net), scale, teacher.null())
+    images = generate(teacher, guided, teacher.encode(texts), teacher.grid(16, "ddim"), "ddim", seed=0)
+    card = json.loads((folder(name) / "results.json").read_text())
+    stated = next(r for r in card["rows"] if r["steps"] == 50)["accuracy"]
+    assert accuracy(texts, images).mean() > stated - 0.12
+    assert accuracy(texts[1:] + texts[:1], images).mean() < stated - 0.2
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_world_is_hard_at_few_steps(name):
+    """design.md, section 4: the teacher's FD at 4 steps is at least 3 times, at 1 step at least 20 times that at 50."""
+    rows = {r["steps"]: r for r in json.loads((folder(name) / "results.json").read_text())["rows"]}
+    assert rows[4]["fd"] >= 3 * rows[50]["fd"]
+    assert rows[1]["fd"] >= 20 * rows[50]["fd"]
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_card_states_the_measured_numbers(name):
+    text = (folder(name) / "README.md").read_text()
+    for row in json.loads((folder(name) / "results.json").read_text())["rows"]:
+        assert f"| {row['steps']} | {row['fd']:.4g} |" in text
+
+
+def test_clip_prefers_the_right_caption():
+    images, texts = draw(14, 100)
+    clip = ClipScore(str(folder("sprites-clip")))
+    right, wrong = clip.score(images, texts), clip.score(images, texts[1:] + texts[:1])
+    assert np.mean(right) > np.mean(wrong) + 20
+    assert (right > wrong).mean() > 0.95
