@@ -133,6 +133,8 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
             raise ValueError(
                 f"the run at {folder} was made with another {changed[0]}; resume with its own config.yaml, or name another --out"
             )
+        if newest := checkpoint.latest(folder / "checkpoints"):
+            checkpoint.inspect(newest)  # before anything is loaded or written
     accelerator = make_accelerator(config.train)
     study = open_study(config)
     source = open_source(

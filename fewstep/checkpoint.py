@@ -50,24 +50,33 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(files, state) of one checkpoint. Raises ValueError if it is not whole or from another format."""
+def inspect(place: Path) -> dict[str, Any]:
+    """The state of one checkpoint, its tensors unread. Raises ValueError if it is not whole or from another format."""
     try:
         state = json.loads((place / "state.json").read_text())
         if state["format"] != FORMAT:
             raise ValueError(
                 f"{place} has checkpoint format {state['format']}, this fewstep reads {FORMAT}; use the version that wrote it"
             )
-        files = {}
         for name, size in state["files"].items():
             if (place / name).stat().st_size != size:
-                raise SafetensorError(f"{name} is {(place / name).stat().st_size} bytes long, {size} were written")
-            files[name.removesuffix(".safetensors")] = load_file(place / name)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(
-            f"checkpoint {place} is damaged ({error}); remove that folder to go on from the one before it"
-        ) from error
-    return files, state
+                raise OSError(f"{name} is {(place / name).stat().st_size} bytes long, {size} were written")
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(place, error) from error
+    return state
+
+
+def load(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(files, state) of one checkpoint. Raises ValueError if it is not whole or from another format."""
+    state = inspect(place)
+    try:
+        return {name.removesuffix(".safetensors"): load_file(place / name) for name in state["files"]}, state
+    except (OSError, SafetensorError) as error:
+        raise _damaged(place, error) from error
+
+
+def _damaged(place: Path, error: Exception) -> ValueError:
+    return ValueError(f"checkpoint {place} is damaged ({error}); remove that folder to go on from the one before it")
 
 
 def _discard(place: Path) -> None:

@@ -175,9 +175,7 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other packages; ours are plain lines then
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        sys.exit(app(standalone_mode=False))  # the code of a typer.Exit; a command itself returns nothing
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

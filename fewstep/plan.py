@@ -59,13 +59,21 @@ def plan(config: Config) -> dict[str, Any]:
 
 def _skeleton(folder: Path, family: Family) -> tuple[Any, Any]:
     """The network without memory for its weights, and the scheduler."""
-    kind = _config_of(folder, family.component)
+    kind, rules = _config_of(folder, family.component), _config_of(folder, "scheduler")
+    for part, found in ((family.component, kind), ("scheduler", rules)):
+        if "_class_name" not in found:
+            raise ValueError(f"{_file_of(folder, part)} is missing or damaged; save the pipeline again with pipe.save_pretrained")
     with torch.device("meta"):
         net = getattr(diffusers, kind["_class_name"]).from_config(kind)
-    rules = _config_of(folder, "scheduler")
     return net, getattr(diffusers, rules["_class_name"]).from_config(rules)
 
 
+def _file_of(folder: Path, part: str) -> Path:
+    return folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+
+
 def _config_of(folder: Path, part: str) -> dict[str, Any]:
-    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        return json.loads(_file_of(folder, part).read_text())
+    except (OSError, ValueError):
+        return {}

@@ -10,6 +10,8 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ def settings(teacher: str, prompts: str, rounds: int) -> dict:
         "teacher": {"path": teacher, "guidance": 2.0},
         "student": {"weights": "lora", "rank": 2},
         "critic": {"weights": "lora", "rank": 2},
-        "objective": {"name": "dmd", "steps": 2, "critic_turns": 1},
+        "objective": {"name": "dmd", "steps": 1, "critic_turns": 1},
         "data": {"prompts": prompts},
         "train": {"rounds": rounds, "batch": 1, "lr": 1e-3, "save_every": 1, "log_every": 1, "preview_every": 1000, "ema": 0.9},
     }
@@ -55,15 +57,22 @@ def newest(folder: Path) -> int:
     return int(found[-1].name.split("-")[1]) if found else 0
 
 
-def saving(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob(".*"))
+def reached(folder: Path, round_: int) -> bool:
+    return newest(folder) >= round_
 
 
-def ended(child: int) -> bool:
-    done, status = os.waitpid(child, os.WNOHANG)
-    if done and os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"an attempt failed with {os.waitstatus_to_exitcode(status)}")
-    return bool(done)
+def saving(folder: Path, at_the_latest: int = 10**9) -> bool:
+    """Whether a checkpoint is being written; or a round is done by which that should have been seen."""
+    return any((folder / "checkpoints").glob(".*")) or reached(folder, at_the_latest)
+
+
+def wait(child: int, ready: Callable[[], bool]) -> None:
+    """Returns when it is ready. Raises SystemExit where the process has ended before."""
+    while not ready():
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            raise SystemExit(f"an attempt ended with {os.waitstatus_to_exitcode(status)} before it could be killed")
+        time.sleep(0.0005)
 
 
 def main(teacher: str, work: Path, kills: int, seed: int) -> None:
@@ -71,29 +80,25 @@ def main(teacher: str, work: Path, kills: int, seed: int) -> None:
     api.Preview.__call__ = lambda *_: None  # type: ignore[method-assign]  # 50 teacher steps that nobody looks at
     prompts = work / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
-    tree = settings(teacher, str(prompts), 3 * kills + 4)
+    tree = settings(teacher, str(prompts), 5 * kills + 2)
 
     began = time.monotonic()
     child = attempt(tree, work / "whole")
-    while not (work / "whole" / "config.yaml").exists() and not ended(child):
-        time.sleep(0.002)
+    wait(child, lambda: (work / "whole" / "config.yaml").exists())
     loading = time.monotonic() - began
     os.waitpid(child, 0)
     a_round = (time.monotonic() - began - loading) / tree["train"]["rounds"]
 
     folder, hits, seen = work / "killed", 0, []
     for number in range(kills):
-        # Anywhere from before the folder exists to two rounds on; but never so late that there is nothing left to kill.
-        due = time.monotonic() + rng.uniform(0, 1.2 * loading + 2.5 * a_round)
-        last = 3 * (number + 1)
+        # Anywhere from before the folder exists to two rounds on, and then every other time while a checkpoint is written.
+        ahead = rng.choice((0, 1, 2))
+        before, delay = newest(folder), rng.uniform(0, a_round if ahead else loading)
         child = attempt(tree, folder)
-        while not ended(child):
-            ripe = time.monotonic() > due or newest(folder) >= last
-            if ripe and (number % 2 == 0 or saving(folder) or newest(folder) > last):
-                break
-            time.sleep(0.0005)
-        else:
-            raise SystemExit(f"attempt {number} was done before it was killed")
+        wait(child, partial(reached, folder, before + ahead))
+        time.sleep(delay)
+        if number % 2:
+            wait(child, partial(saving, folder, newest(folder) + 2))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         hits += saving(folder)

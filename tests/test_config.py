@@ -1,0 +1,225 @@
+"""A config is strict, complete and comes back as it was written; `plan` says what it will do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
+
+from fewstep.config import Config, differences, load, override, parse
+from fewstep.folders import teacher_folder
+from fewstep.networks import Full, Lora
+from fewstep.objectives import objectives
+from fewstep.objectives.dmd import DMD
+from fewstep.plan import plan
+from fewstep.trainer import Settings
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def tree(**parts):
+    """A fresh, small, right config as plain data."""
+    return {
+        "teacher": {"path": "zoo:sprites-sd"},
+        "objective": {"name": "dmd", "steps": 2},
+        "data": {"prompts": "zoo:sprites"},
+        **parts,
+    }
+
+
+def refusal(found):
+    with pytest.raises(ValueError) as error:
+        parse(found)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    return str(error.value)
+
+
+def test_what_is_left_out_has_a_default():
+    config = parse(tree())
+    assert config.train == Settings() and config.teacher.guidance is None
+    assert config.objective == DMD(steps=2)
+    assert config.student.kind() == config.critic.kind() == Lora(32)
+    assert parse(tree(student={"weights": "full"})).student.kind() == Full()
+    assert parse(tree(student={"rank": 4, "alpha": 8})).student.kind() == Lora(4, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"teecher": {}}, "teecher: unknown option; did you mean teacher?"),
+        ({"teacher": {"path": "x", "guidence": 2}}, "teacher.guidence: unknown option; did you mean guidance?"),
+        ({"student": {"wieghts": "full"}}, "student.wieghts: unknown option; did you mean weights?"),
+        ({"critic": {"ranks": 2}}, "critic.ranks: unknown option; did you mean rank?"),
+        ({"data": {"prompt": "x"}}, "data.prompt: unknown option; did you mean prompts?"),
+        ({"train": {"rouns": 2}}, "train.rouns: unknown option; did you mean rounds?"),
+        ({"objective": {"name": "dmd", "critic_turnz": 2}}, "objective.critic_turnz: unknown option; did you mean critic_turns?"),
+        ({"objective": {"name": "dmdd"}}, "objective.name: 'dmdd' is not known; did you mean dmd?"),
+        ({"zzz": 1}, "zzz: unknown option; known: teacher, "),
+        ({1: 2}, "1: unknown option"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(wrong, said):
+    assert refusal({**tree(), **wrong}).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"objective": {"steps": 4}}, "objective needs a name, one of: consistency, dmd"),
+        ({"objective": "dmd"}, "objective needs a name"),
+        ({"train": None}, "train must hold settings, not None"),
+        ({"teacher": "zoo:sprites-sd"}, "teacher must hold settings"),
+        ({"teacher": {}}, "teacher.path: "),
+        ({"student": {"weights": "half"}}, "student.weights: "),
+        ({"train": {"rounds": "many"}}, "train.rounds: "),
+        ({"train": {"rounds": 0}}, "train: train.rounds must be at least 1"),
+        ({"train": {"dtype": "float16"}}, "train.dtype: "),
+        ({"objective": {"name": "dmd", "steps": "four"}}, "objective: steps: "),
+        (
+            {"objective": {"name": "consistency", "steps": 4, "segments": 3}, "data": {"images": "x"}},
+            "objective: segments (3) must divide steps (4)",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_at_its_place(wrong, said):
+    assert refusal({**tree(), **wrong}).startswith(said)
+
+
+@pytest.mark.parametrize("data", [{}, {"prompts": "a.txt", "images": "b"}])
+def test_there_is_exactly_one_source_of_data(data):
+    assert "data needs exactly one of prompts and images" in refusal(tree(data=data))
+
+
+def test_an_objective_that_needs_images_gets_them():
+    assert "objective consistency needs images: add data.images" in refusal(tree(objective={"name": "consistency"}))
+    parse(tree(objective={"name": "consistency"}, data={"images": "zoo:sprites"}))
+
+
+@pytest.mark.parametrize("name", objectives())
+def test_what_is_dumped_is_what_is_loaded(name, tmp_path):
+    needed = {"images": "zoo:sprites"} if objectives()[name].needs.images else {"prompts": "zoo:sprites"}
+    config = parse(tree(objective={"name": name, "steps": 2}, data=needed, train={"betas": [0.5, 0.9], "lr": "1e-4"}))
+    file = tmp_path / "config.yaml"
+    file.write_text(config.dump())
+    assert load(file) == config and load(file).dump() == config.dump()
+    written = yaml.safe_load(config.dump())
+    assert written["train"].keys() == Settings.__dataclass_fields__.keys()  # every default is written out
+    assert written.keys() == Config.model_fields.keys()
+    json.dumps(config.model_dump(mode="json"))
+
+
+def test_set_overrides_a_value_and_makes_a_section(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tree()))
+    config = load(file, ["train.rounds=7", "student.weights=full", "objective.low=0.1", "teacher.guidance=null", "train.lr=1e-3"])
+    assert (config.train.rounds, config.student.weights, config.objective.low) == (7, "full", 0.1)
+    assert config.teacher.guidance is None and config.train.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train.rounds", "--set wants KEY=VALUE"),
+        ("teacher.path.x=1", "path holds a value, not further settings"),
+        ("train.rouns=7", "train.rouns: unknown option; did you mean rounds?"),
+        ("train.betas=[1", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused(tmp_path, text, said):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tree()))
+    with pytest.raises(ValueError) as error:
+        load(file, [text])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_override_leaves_the_rest_alone():
+    found = tree()
+    override(found, "train.seed=3")
+    assert found == {**tree(), "train": {"seed": 3}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "there is no config at"), (b"", "holds no settings"), (b"[1", "is not YAML")]
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, content, said):
+    file = tmp_path / "config.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        load(file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"teacher: {path: a\xe9}"])
+def test_a_config_that_is_not_utf8_is_refused(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match="is not YAML|holds no settings"):
+        load(tmp_path / "config.yaml")
+
+
+def test_differences_are_named_by_their_place():
+    old, new = parse(tree()), parse(tree(train={"rounds": 5, "lr": 0.1}, objective={"name": "dmd", "steps": 4}))
+    assert differences(old, new) == ["objective.steps", "train.lr", "train.rounds"]
+    assert differences(old, new, free=("train.rounds", "objective.steps")) == ["train.lr"]
+    assert differences(old, parse(tree())) == []
+
+
+# plan
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    makers = {"sd": tiny_sd_pipeline, "zimage": tiny_zimage_pipeline, "ddpm": tiny_ddpm_pipeline}
+    return {name: save(make(), tmp_path_factory.mktemp(name) / "pipe") for name, make in makers.items()}
+
+
+@pytest.mark.parametrize("name", ["sd", "zimage", "ddpm"])
+def test_a_plan_tells_the_truth_and_reads_no_weights(folders, tmp_path, name):
+    from fewstep.api import open_study
+
+    config = parse(tree(teacher={"path": str(folders[name])}, student={"rank": 2}, critic={"weights": "full"}))
+    study = open_study(config)
+    bare = shutil.copytree(folders[name], tmp_path / "bare")
+    for file in bare.rglob("*.safetensors"):
+        file.unlink()
+    found = plan(parse(tree(teacher={"path": str(bare)}, student={"rank": 2}, critic={"weights": "full"})))
+    schedule = study.teacher.schedule
+    for n in (1, 2, 4):
+        times = schedule.model_time(torch.tensor(study.teacher.grid(n, study.sampler), dtype=torch.float64))
+        assert found["grid (network times)"][str(n)] == pytest.approx(times.tolist(), abs=1e-3)
+    assert found["trained parameters"] == {k: sum(p.numel() for p in study.roles[k].parameters()) for k in ("student", "critic")}
+    assert found["sampler"].startswith(study.sampler)
+    json.dumps(found)
+
+
+def test_a_plan_refuses_what_could_not_be_trained(folders, tmp_path):
+    def refused(said, path, steps=2):
+        with pytest.raises(ValueError, match=said) as error:
+            plan(parse(tree(teacher={"path": str(path)}, objective={"name": "dmd", "steps": steps})))
+        assert "\n" not in str(error.value)
+
+    refused("choose another step count", folders["sd"], steps=101)
+    refused("there is no teacher at", tmp_path / "nowhere")
+    refused("is a hub id; plan reads folders only", "owner/model")
+    broken = shutil.copytree(folders["ddpm"], tmp_path / "broken")
+    (broken / "unet/config.json").unlink()
+    refused("unet/config.json is missing or damaged", broken)
+    with pytest.raises(ValueError, match="no stock scheduler of this family computes the sampler 'tcd'"):
+        plan(parse(tree(teacher={"path": str(folders["sd"])}, objective={"name": "dmd", "sampler": "tcd"})))
+
+
+@pytest.mark.skipif(not CONFIGS, reason="this checkout has no configs/")
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
+def test_every_config_that_ships_parses_and_plans(file):
+    config = load(file)
+    try:
+        teacher_folder(config.teacher.path)
+    except ValueError as error:
+        if "is not in this installation" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert plan(config)["settings"]["train"]["rounds"] == config.train.rounds

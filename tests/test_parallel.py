@@ -1,0 +1,141 @@
+"""Two processes train one model: `torchrun tests/test_parallel.py TEACHERS OUT` is what each of them runs."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import save, tiny_sd_pipeline, tiny_zimage_pipeline
+
+ROOT = Path(__file__).parents[1]
+CASES = [("sd", "lora"), ("sd", "full"), ("zimage", "full")]
+
+
+def config(teacher, weights, prompts, **train):
+    from fewstep.config import parse
+
+    settings = {
+        "rounds": 3,
+        "batch": 2,
+        "lr": 1e-3,
+        "log_every": 1,
+        "save_every": 3,
+        "preview_every": 3,
+        "device": "cpu",
+        **train,
+    }
+    return parse(
+        {
+            "teacher": {"path": teacher, "guidance": 2.0},
+            "student": {"weights": weights, "rank": 2},
+            "critic": {"weights": weights, "rank": 2},
+            "objective": {"name": "dmd", "steps": 2, "critic_turns": 1},
+            "data": {"prompts": prompts},
+            "train": settings,
+        }
+    )
+
+
+def digest(roles):
+    """A hash of every trained role's weights."""
+    found = {}
+    for name, role in roles.items():
+        total = hashlib.sha256()
+        for key, value in sorted(role.weights().items()):
+            total.update(key.encode() + value.detach().numpy().tobytes())
+        found[name] = total.hexdigest()
+    return {name: found[name] for name in ("student", "critic")}
+
+
+class Interrupted:
+    """A source that sends its own process Ctrl-C at its n-th draw."""
+
+    def __init__(self, source, n):
+        self.source, self.left, self.shape = source, n, source.shape
+
+    def draw(self, n, rng):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.source.draw(n, rng)
+
+
+def main(teachers, out):
+    import torch
+
+    from fewstep import api
+
+    torch.set_num_threads(1)
+    rank, told, run_job = int(os.environ["RANK"]), {}, api.fit
+    case = ""
+
+    def watch(job, **options):
+        if case == "ctrl-c":  # the two processes are told rounds apart, as two terminals would
+            job = replace(job, source=Interrupted(job.source, 3 + 2 * rank))
+        told[case] = {"start": digest(job.roles)}
+        try:
+            return run_job(job, **options)
+        finally:
+            told[case]["end"] = digest(job.roles)
+
+    api.fit = watch
+    for name, weights in CASES:
+        case = f"{name}-{weights}"
+        api.train(config(f"{teachers}/{name}", weights, f"{teachers}/prompts.txt"), Path(out) / case)
+    case = "ctrl-c"
+    try:
+        long = config(f"{teachers}/sd", "lora", f"{teachers}/prompts.txt", rounds=1000, log_every=4, save_every=1000)
+        api.train(long, Path(out) / case)
+    except KeyboardInterrupt:
+        told[case]["stopped"] = True
+    (Path(out) / f"rank-{rank}.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(what both processes tell, the folder with their runs)."""
+    teachers, out = tmp_path_factory.mktemp("teachers"), tmp_path_factory.mktemp("out")
+    save(tiny_sd_pipeline(), teachers / "sd")
+    save(tiny_zimage_pipeline(), teachers / "zimage")
+    (teachers / "prompts.txt").write_text("a red circle\na blue square\na star\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FEWSTEP_CACHE": str(out / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "--standalone", __file__, str(teachers), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)], out, done.stderr
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("case", ["-".join(c) for c in CASES])
+def test_the_replicas_of_every_role_stay_identical(ran, case):
+    (first, second), _, _ = ran
+    assert first[case] == second[case]
+    assert all(first[case]["start"][role] != first[case]["end"][role] for role in ("student", "critic"))
+
+
+@pytest.mark.multi
+def test_one_process_writes_and_speaks(ran):
+    _, out, said = ran
+    for name in ("-".join(c) for c in CASES):
+        log = (out / name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["round"] for line in log] == [1, 2, 3]
+        assert [f.name for f in (out / name / "checkpoints").iterdir()] == ["step-0000003"]
+    assert said.count("train: 3/3") == len(CASES)
+
+
+@pytest.mark.multi
+def test_ctrl_c_stops_both_after_the_same_round(ran):
+    (first, second), out, _ = ran
+    assert first["ctrl-c"]["stopped"] and second["ctrl-c"]["stopped"]
+    assert first["ctrl-c"]["end"] == second["ctrl-c"]["end"]
+    assert [f.name for f in (out / "ctrl-c/checkpoints").iterdir()] == ["step-0000004"]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
