@@ -39,6 +39,7 @@ def card(name: str, guidance: float, found: dict, ceilings: dict[str, float]) ->
     """The card's text."""
     protocol = found["protocol"]
     lines = [
+        *("---", "license: apache-2.0", "library_name: diffusers", "---", ""),
         f"# zoo:{name}",
         "",
         ABOUT[name],

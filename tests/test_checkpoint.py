@@ -165,11 +165,13 @@ def operations(monkeypatch, after):
 
 
 def test_a_kill_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    start = tmp_path / "start"
+    for round_ in (1, 2):  # `keep` are there: the save to come also removes one
+        write(start, round_)
+    (start / ".writing-1").mkdir()
+
     def ready(folder):
-        for round_ in (1, 2):  # `keep` are there: the save to come also removes one
-            write(folder, round_)
-        (folder / ".writing-1").mkdir()
-        return folder
+        return shutil.copytree(start, folder)
 
     with monkeypatch.context() as patch:
         folder = ready(tmp_path / "whole")

@@ -127,7 +127,7 @@ def test_ten_in_a_row_stop_the_run(tmp_path, player):
 
 
 def test_bad_updates_with_good_ones_between_do_not_stop_it(tmp_path):
-    fit(job(tmp_path, at=lambda r, player: NAN if r % 10 else None, rounds=35))
+    fit(job(tmp_path, at=lambda r, player: NAN if r % 10 else None, rounds=35, save_every=35))
     assert metrics(tmp_path)[-1]["student/skipped"] == 31
 
 
