@@ -61,9 +61,12 @@ def reached(folder: Path, round_: int) -> bool:
     return newest(folder) >= round_
 
 
-def saving(folder: Path, at_the_latest: int = 10**9) -> bool:
-    """Whether a checkpoint is being written; or a round is done by which that should have been seen."""
-    return any((folder / "checkpoints").glob(".*")) or reached(folder, at_the_latest)
+def files(folder: Path) -> set[Path]:
+    return set((folder / "checkpoints").rglob("*"))
+
+
+def changed(folder: Path, before: set[Path]) -> bool:
+    return files(folder) != before
 
 
 def wait(child: int, ready: Callable[[], bool]) -> None:
@@ -97,11 +100,12 @@ def main(teacher: str, work: Path, kills: int, seed: int) -> None:
         child = attempt(tree, folder)
         wait(child, partial(reached, folder, before + ahead))
         time.sleep(delay)
-        if number % 2:
-            wait(child, partial(saving, folder, newest(folder) + 2))
+        if number % 2:  # the next thing that happens there is that a checkpoint is begun, or an old one removed
+            wait(child, partial(changed, folder, files(folder)))
+            time.sleep(rng.uniform(0, 0.01))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        hits += saving(folder)
+        hits += any((folder / "checkpoints").glob(".*"))
         seen.append(newest(folder))
     last = attempt(tree, folder)
     if os.waitstatus_to_exitcode(os.waitpid(last, 0)[1]):

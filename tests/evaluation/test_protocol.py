@@ -30,8 +30,8 @@ FIELDS = {
     "accuracy": True,
     "kid_subsets": 5,
 }
-ROW = ["n", "fd", "kid", "kid_stderr", "precision", "recall", "density", "coverage", "clip", "accuracy", "accuracy_one", "saturated"]
-ROW += ["pixel_mean", "pixel_std", "duplicates"]
+ROW = ["n", "fd", "kid", "kid_stderr", "precision", "recall", "density", "coverage", "clip", "accuracy", "accuracy_one"]
+ROW += ["saturated", "pixel_mean", "pixel_std", "duplicates"]
 TINY = Protocol(**FIELDS)
 PLAIN = TINY.model_copy(update={"accuracy": False, "clip": None})
 
