@@ -1,4 +1,4 @@
-"""Kills a training at random instants until it is done: `python tests/kill.py TEACHER WORK KILLS SEED`, run by test_trainer.py.
+"""Kills a training at random instants until it is done: `python tests/kill.py TEACHER WORK KILLS SEED`.
 
 Everything is imported once; every attempt is a forked process of its own, so that a kill costs no import. Half of the kills are
 aimed at the moment when a checkpoint is being written. Prints {"kills", "while saving", "rounds seen"} as JSON.
@@ -83,7 +83,7 @@ def main(teacher: str, work: Path, kills: int, seed: int) -> None:
     api.Preview.__call__ = lambda *_: None  # type: ignore[method-assign]  # 50 teacher steps that nobody looks at
     prompts = work / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
-    tree = settings(teacher, str(prompts), 5 * kills + 2)
+    tree = settings(teacher, str(prompts), 3 * kills + 4)
 
     began = time.monotonic()
     child = attempt(tree, work / "whole")
@@ -102,7 +102,7 @@ def main(teacher: str, work: Path, kills: int, seed: int) -> None:
         time.sleep(delay)
         if number % 2:  # the next thing that happens there is that a checkpoint is begun, or an old one removed
             wait(child, partial(changed, folder, files(folder)))
-            time.sleep(rng.uniform(0, 0.01))
+            time.sleep(rng.uniform(0, 0.003))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         hits += any((folder / "checkpoints").glob(".*"))
