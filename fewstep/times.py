@@ -11,7 +11,7 @@ from fewstep.stream import Stream
 
 @dataclass(frozen=True)
 class Uniform:
-    """t uniform in [low, high], then moved towards noise by `shift`: k t / (1 + (k - 1) t)."""
+    """u uniform in [0, 1], moved towards noise by `shift`, k u / (1 + (k - 1) u), then stretched onto [low, high]."""
 
     low: float = 0.0
     high: float = 1.0

@@ -18,13 +18,12 @@ every = pytest.mark.parametrize("name", objectives())
 # the composed steps of its teacher's solver: test_consistency.py.)
 AT_REST = {"dmd"}
 
-# What the toy world is played with: options, rounds. A new objective that needs neither is played with the default.
-GAMES: dict[str, tuple[dict, int]] = {"dmd": ({"sampler": "renoise"}, 300), "consistency": ({"sampler": "ddim"}, 600)}
+# Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
+ROUNDS = {"dmd": 400, "consistency": 600}
 
 
-def made(name):
-    options, rounds = GAMES.get(name, ({}, 500))
-    return objectives()[name](steps=2, **options), rounds
+def made(name, steps=2):
+    return objectives()[name](steps=steps)
 
 
 def weights(world):
@@ -33,7 +32,7 @@ def weights(world):
 
 @every
 def test_only_the_mover_moves(name):
-    objective = made(name)[0]
+    objective = made(name)
     world = ring(objective)
     play(objective, world, 2, 32, 1e-3)  # away from the start, where last layers are zero
     for i, turn in enumerate(objective.round(0)):
@@ -48,7 +47,7 @@ def test_only_the_mover_moves(name):
 
 @every
 def test_every_trained_role_has_its_turn(name):
-    objective = made(name)[0]
+    objective = made(name)
     assert {turn.player for turn in objective.round(0)} == {"student", *objective.needs.roles}
 
 
@@ -56,7 +55,7 @@ def test_every_trained_role_has_its_turn(name):
 def test_the_same_seed_gives_the_same_bits(name):
     def trained(seed):
         torch.manual_seed(0)
-        objective = made(name)[0]
+        objective = made(name)
         world = ring(objective)
         play(objective, world, 3, 32, 1e-3, seed)
         return weights(world)
@@ -69,7 +68,7 @@ def test_the_same_seed_gives_the_same_bits(name):
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_finite_and_not_zero(name, dtype):
-    objective = made(name)[0]
+    objective = made(name)
     world = ring(objective, dtype)
     for net in world.players.values():
         torch.nn.init.normal_(net.mlp[-1].weight, std=0.1)
@@ -101,11 +100,12 @@ def test_equal_players_are_at_rest(name):
 
 @every
 def test_it_improves_a_world_of_six_modes(name):
-    objective, rounds = made(name)
+    """One step, where the teacher draws its mean only; over two seeds dmd came 3.7 times nearer, consistency 3.0, at least."""
+    objective = made(name, steps=1)
     world = ring(objective)
     goal = world.many_steps()
     before = sliced_w2(world.sampled(), goal)
-    play(objective, world, rounds, 128, 2e-3)
+    play(objective, world, ROUNDS.get(name, 500), 128, 2e-3)
     assert sliced_w2(world.sampled(), goal) < before / 2
 
 
