@@ -22,8 +22,8 @@ class DMD(Objective):
 
     steps: of the deployed student. critic_turns: critic updates a student update (DMD2: 5; 10 for SD1.5).
     low, high: range of the re-noising time (20..980 of 1000). floor: least normaliser.
-    Deviations from the paper: critic turns come first and draw their own samples instead of reusing the student's; the critic's time is
-    continuous in (critic_low, 1]; the normaliser has a floor where the reference code relies on nan_to_num.
+    Deviations from the paper: critic turns come first and draw their own samples instead of reusing the student's; the
+    critic's time is continuous in (critic_low, 1]; the normaliser has a floor where the reference code relies on nan_to_num.
     """
 
     needs: ClassVar[Needs] = Needs(roles=("critic",))
