@@ -62,6 +62,16 @@ class Study:
         critic = make(modules["critic"]) if "critic" in modules else None
         return Nets(make(modules["student"]), self.guided(modules["teacher"]), self.grid, STEPS[self.sampler], critic)
 
+    def draw_student(self, prompts: Sequence[str], steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
+        """The student's pictures uint8 (n, h, w, 3), with the weights its role has now."""
+        times, student = self.teacher.grid(steps, self.sampler), self.teacher.denoiser(self.roles["student"])
+        return generate(self.teacher, student, self.teacher.encode(prompts), times, self.sampler, seed=seed, bar=bar)
+
+    def draw_teacher(self, prompts: Sequence[str], steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
+        """The guided teacher's pictures uint8 (n, h, w, 3)."""
+        times, guided = self.teacher.grid(steps, "ddim"), self.guided(self.roles["teacher"])
+        return generate(self.teacher, guided, self.teacher.encode(prompts), times, "ddim", seed=seed, bar=bar)
+
     def steps(self) -> tuple[int, ...]:
         """The step counts a student is looked at: 1, 2, 4, and its own."""
         return tuple(sorted({1, 2, 4, self.config.objective.steps}))
@@ -171,16 +181,11 @@ class Preview:
     def __call__(self, done: int, weights: Mapping[str, Tensor]) -> None:
         from PIL import Image
 
-        study, teacher = self.study, self.study.teacher
-        cond = teacher.encode(self.prompts)
+        study = self.study
         if self.top is None:
-            sampler = "ddim"
-            self.top = generate(teacher, study.guided(study.roles["teacher"]), cond, teacher.grid(50, sampler), sampler, seed=0)
-        lines = [self.top]
+            self.top = study.draw_teacher(self.prompts, 50)
         with swapped(study.roles["student"], weights):
-            student = teacher.denoiser(study.roles["student"])
-            for n in study.steps():
-                lines.append(generate(teacher, student, cond, teacher.grid(n, study.sampler), study.sampler, seed=0))
+            lines = [self.top, *(study.draw_student(self.prompts, n) for n in study.steps())]
         self.folder.mkdir(parents=True, exist_ok=True)
         page = np.concatenate([np.concatenate(list(line), 1) for line in lines], 0)
         Image.fromarray(page).save(self.folder / f"round-{done:07d}.png")
@@ -230,25 +235,18 @@ class Run:
 
     def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3)."""
-        study = self.study
-        times = study.teacher.grid(steps or self.config.objective.steps, study.sampler)
-        student = study.teacher.denoiser(study.roles["student"])
-        return generate(study.teacher, student, study.teacher.encode(prompts), times, study.sampler, seed=seed, bar=bar)
+        return self.study.draw_student(prompts, steps or self.config.objective.steps, seed, bar)
 
     def sample_teacher(self, prompts: Sequence[str], steps: int = 50, seed: int = 0, bar: str = "") -> np.ndarray:
         """The guided teacher's pictures from the same noise."""
-        study = self.study
-        times = study.teacher.grid(steps, "ddim")
-        return generate(
-            study.teacher, study.guided(study.roles["teacher"]), study.teacher.encode(prompts), times, "ddim", seed=seed, bar=bar
-        )
+        return self.study.draw_teacher(prompts, steps, seed, bar)
 
     def export(self, to: Path | str, *, form: str | None = None, layout: str = "diffusers") -> Path:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
         from fewstep.export import export
 
         record: dict[str, Any] = {
-            "config": json.loads(json.dumps(self.config.model_dump(mode="json"))),
+            "config": self.config.model_dump(mode="json"),
             "round": int(self.place.name.split("-")[1]),
         }
         results = self.folder / "results.json"

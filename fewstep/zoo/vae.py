@@ -55,18 +55,6 @@ def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 32) -> tuple[tor
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = 32) -> np.ndarray:
-    """uint8 images (n, 64, 64, 3) of unscaled latents, rounded as an image file would be."""
-    parts = [vae.decode(z).sample for z in latents.split(batch)]
-    return to_uint8(torch.cat(parts))
-
-
-def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """[-1, 1] float (n, 3, h, w) to uint8 (n, h, w, 3), rounded."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-@torch.no_grad()
 def standardise(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
     """Rewrites the two 1x1 convolutions around the latents so that these have mean 0 and deviation 1 a channel.
 
