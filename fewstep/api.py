@@ -276,6 +276,6 @@ def distill(
 
     chosen = {"name": objective} if isinstance(objective, str) else dict(objective)
     kind = objectives().get(chosen["name"])
-    source = "images" if kind is not None and kind.needs.images else "prompts"
+    source = "images" if kind is not None and kind().needs.images else "prompts"
     tree = {"teacher": {"path": teacher}, "objective": {"steps": steps, **chosen}, "data": {source: data}, **settings}
     return train(parse(tree), Path(out))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep.objectives import Needs
 
 KINDS = ("objectives", "teachers", "configs")
 
@@ -26,10 +29,14 @@ def _objectives() -> list[dict[str, Any]]:
         {
             "name": name,
             "about": " ".join((kind.__doc__ or "").split("\n\n")[0].split()),
-            "needs": [*kind.needs.roles, *(["images"] if kind.needs.images else [])],
+            "needs": _needs(kind().needs),
         }
         for name, kind in objectives().items()
     ]
+
+
+def _needs(needs: Needs) -> list[str]:
+    return [*needs.roles, *(["images"] if needs.images else []), *(["pairs"] if needs.pairs else [])]
 
 
 def _teachers() -> list[dict[str, Any]]:

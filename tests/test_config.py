@@ -99,7 +99,7 @@ def test_an_objective_that_needs_images_gets_them():
 
 @pytest.mark.parametrize("name", objectives())
 def test_what_is_dumped_is_what_is_loaded(name, tmp_path):
-    needed = {"images": "zoo:sprites"} if objectives()[name].needs.images else {"prompts": "zoo:sprites"}
+    needed = {"images": "zoo:sprites"} if objectives()[name]().needs.images else {"prompts": "zoo:sprites"}
     config = parse(tree(objective={"name": name, "steps": 2}, data=needed, train={"betas": [0.5, 0.9], "lr": "1e-4"}))
     file = tmp_path / "config.yaml"
     file.write_text(config.dump())

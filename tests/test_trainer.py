@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -42,10 +41,13 @@ STEEP: Fault = lambda loss: (loss - loss.detach()).sqrt()  # noqa: E731  (the va
 
 @dataclass(frozen=True)
 class Toy(Objective):
-    needs: ClassVar[Needs] = Needs(roles=("critic",))
     at: Callable[[int, str], Fault | None] = lambda round_, player: None
     steps: int = 1
     sampler: str | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(roles=("critic",))
 
     def round(self, step):
         def turn(player):

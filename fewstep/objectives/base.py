@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import islice
-from typing import ClassVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +19,23 @@ from fewstep.stream import Stream
 
 @dataclass(frozen=True)
 class Batch:
-    """What one turn learns from: conditions (B), the shape (B, C, *S) of what is denoised, and clean data where it is used."""
+    """What one turn learns from: conditions (B), the shape (B, C, *S) of what is denoised, clean data where it is used, and,
+    where that is the teacher's own samples, the noise each of them came from."""
 
     cond: Cond
     shape: tuple[int, ...]
     latents: Tensor | None = None
+    noise: Tensor | None = None
+
+
+class Judge(Protocol):
+    """Discriminator heads on the features of a denoiser (the critic's or the teacher's)."""
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Logits (B, K) of "x_t is noised real data", float32; the network runs no further than its last tapped block."""
+
+    def both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
+        """The denoiser's own prediction and the logits, from one pass."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Nets:
     grid: tuple[float, ...]
     step: Step
     critic: Denoiser | None = None
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -60,21 +73,27 @@ class Turn:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective cannot do without: trained roles besides the student, and clean images."""
+    """What an objective cannot do without: trained roles besides the student; clean data; the noise behind it, which only the
+    teacher's own samples have."""
 
     roles: tuple[str, ...] = ()
     images: bool = False
+    pairs: bool = False
 
 
 class Objective(ABC):
     """A method: a final frozen dataclass whose fields are its configuration and whose methods are its mathematics.
 
     It owns no weights and keeps no state. Every one has the field `steps`, the number of steps its student is deployed with, and
-    `sampler`, the name of the deployed step (None: the first that the teacher's family has)."""
+    `sampler`, the name of the deployed step (None: the first that the teacher's family has), and a default for every field."""
 
-    needs: ClassVar[Needs]
     steps: int
     sampler: str | None
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """The roles and data that this configuration of it cannot do without."""
 
     @abstractmethod
     def round(self, step: int) -> list[Turn]:

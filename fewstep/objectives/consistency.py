@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ class Consistency(Objective):
     grid point is 7e-6); the target network is the student without gradient (the papers' choice for LoRA).
     """
 
-    needs: ClassVar[Needs] = Needs(images=True)
     steps: int = 4
     sampler: str | None = None
     segments: int | None = None
@@ -43,6 +42,10 @@ class Consistency(Objective):
             )
         if self.solver_steps % self.steps:
             raise ValueError(f"solver_steps ({self.solver_steps}) must be a multiple of steps ({self.steps})")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(images=True)
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 
@@ -26,7 +26,6 @@ class DMD(Objective):
     critic's time is continuous in (critic_low, 1]; the normaliser has a floor where the reference code relies on nan_to_num.
     """
 
-    needs: ClassVar[Needs] = Needs(roles=("critic",))
     steps: int = 4
     sampler: str | None = None
     critic_turns: int = 5
@@ -34,6 +33,10 @@ class DMD(Objective):
     high: float = 0.98
     critic_low: float = 0.001
     floor: float = 1e-4
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(roles=("critic",))
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("critic", self.critic_loss)] * self.critic_turns + [Turn("student", self.student_loss)]

@@ -111,7 +111,7 @@ def test_it_improves_a_world_of_six_modes(name):
 
 @every
 def test_an_unknown_option_is_refused_by_name(name):
-    data = "images" if objectives()[name].needs.images else "prompts"
+    data = "images" if objectives()[name]().needs.images else "prompts"
     tree = {"teacher": {"path": "zoo:sprites-sd"}, "data": {data: "zoo:sprites"}}
     parse({**tree, "objective": {"name": name, "steps": 2}})
     with pytest.raises(ValueError, match=r"objective\.stepz: unknown option; did you mean steps\?"):
