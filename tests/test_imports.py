@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # What each module of fewstep may import from fewstep. A key covers everything below it that has no key of its own: "objectives"
 # is the whole folder, "zoo.build" that one file. A module may always import its own key's. A new module needs a row here.
-MATH = {"schedules", "losses", "stream"}
+MATH = {"schedules", "losses", "divergences", "stream"}
 DENOISER = MATH | {"denoiser"}
 PARTS = {"sampling", "times", "heads", "experts"}
 TEACHER = {"families", "folders", "deploy", "adapters"}
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     # upwards, one layer a paragraph
     "schedules": set(),
     "losses": set(),
+    "divergences": set(),
     "stream": set(),
     "progress": set(),
     #
