@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,9 +27,9 @@ class Stream:
         object.__setattr__(self, "_host", torch.Generator().manual_seed(_seed(*self.key, "host")))
         object.__setattr__(self, "_noise", torch.Generator(self.device).manual_seed(_seed(*self.key, "noise")))
 
-    @property
+    @cached_property
     def shared(self) -> Stream:
-        """The stream of the same turn on which all processes agree."""
+        """The stream of the same turn on which all processes agree; it goes on where it was left."""
         return Stream((self.key[0], "shared", *self.key[2:]), self.device)
 
     def child(self, name: int | str) -> Stream:

@@ -48,6 +48,11 @@ def test_the_shared_stream_is_the_same_on_every_process_and_another_every_turn()
     assert drawn[0] != stream(0, 0, 5, 1).uniform(4).tolist()
 
 
+def test_a_second_shared_draw_is_another_number():
+    rng = stream(0, 0, 5, 1)
+    assert rng.shared.uniform(1) != rng.shared.uniform(1)
+
+
 def test_children_are_independent_of_their_parent_and_of_each_other():
     parent = stream(0, 0, 0, 0)
     fresh = numbers(parent.child("data"))
