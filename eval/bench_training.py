@@ -91,7 +91,7 @@ def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
 
     def turn(number: int, i: int, kind: Any, update: bool = True) -> None:
         rng = stream(0, 0, number, i)
-        cond, _ = source.draw(BATCH, rng.child("data"))
+        cond, *_ = source.draw(BATCH, rng.child("data"))
         for name, player in players.items():
             player.role.requires_grad_(name == kind.player)
         losses = kind.loss(nets, Batch(cond, (BATCH, *source.shape)), rng)
@@ -114,7 +114,7 @@ def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
         saved[name] = activation_bytes(lambda kind=kind: turn(0, 0, kind, update=False))
     for hook in hooks:
         hook.remove()
-    cond, _ = source.draw(2 * BATCH, stream(0, 0, 0, 0))
+    cond, *_ = source.draw(2 * BATCH, stream(0, 0, 0, 0))
     x, t = torch.randn(2 * BATCH, *source.shape), torch.full((2 * BATCH,), 0.5, dtype=torch.float64)
 
     def bare(name: str, n: int, grad: bool) -> None:

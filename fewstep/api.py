@@ -18,7 +18,7 @@ from fewstep import checkpoint
 from fewstep.adapters import Teacher, load_teacher
 from fewstep.config import ATTENTION, Config, differences, parse
 from fewstep.config import load as load_config
-from fewstep.data import default_cache, open_source
+from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Guided
 from fewstep.networks import Role, build, set_weights
 from fewstep.objectives import Nets
@@ -26,6 +26,8 @@ from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
 from fewstep.stream import rows
 from fewstep.trainer import Job, fit, make_accelerator
+
+Part = str | Mapping[str, Any]  # the name that a part of a config turns on, or the whole part
 
 # What may change when a run goes on: how long it is and how often it reports.
 RESUMABLE = ("train.rounds", "train.log_every", "train.save_every", "train.preview_every")
@@ -61,6 +63,12 @@ class Study:
         make = self.teacher.denoiser
         critic = make(modules["critic"]) if "critic" in modules else None
         return Nets(make(modules["student"]), self.guided(modules["teacher"]), self.grid, STEPS[self.sampler], critic)
+
+    def pairs(self) -> Pairs | None:
+        """The teacher's samples that the objective learns from, where it does."""
+        data, needs = self.config.data, self.config.objective.needs
+        wanted = data.pairs and (needs.pairs or needs.images)
+        return Pairs(self.guided(self.roles["teacher"]), data.pairs, data.pairs_steps) if wanted else None
 
     def draw_student(self, prompts: Sequence[str], steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3), with the weights its role has now."""
@@ -147,11 +155,13 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
             checkpoint.inspect(newest)  # before anything is loaded or written
     accelerator = make_accelerator(config.train)
     study = open_study(config)
+    study.teacher.net.to(accelerator.device)
     source = open_source(
         study.teacher,
         prompts=config.data.prompts,
         images=config.data.images,
         images_needed=config.objective.needs.images,
+        pairs=study.pairs(),
         cache=default_cache(),
         progress=True,
     )
@@ -267,15 +277,14 @@ class Run:
         )
 
 
-def distill(
-    *, teacher: str, objective: str | Mapping[str, Any], data: str, steps: int = 4, out: str = "runs/distilled", **settings: Any
-) -> Run:
-    """Distils a teacher in one call. `data` is a source of prompts, or of images where the objective needs them; `settings` are
-    further parts of a config (student=..., critic=..., train=...)."""
+def distill(*, teacher: str, objective: Part, data: Part, steps: int = 4, out: str = "runs/distilled", **settings: Any) -> Run:
+    """Distils a teacher in one call. `data` is a source of prompts, or of images where the objective needs them, or that part of
+    a config; `settings` are further parts (student=..., critic=..., train=...)."""
     from fewstep.objectives import objectives
 
     chosen = {"name": objective} if isinstance(objective, str) else dict(objective)
     kind = objectives().get(chosen["name"])
     source = "images" if kind is not None and kind().needs.images else "prompts"
-    tree = {"teacher": {"path": teacher}, "objective": {"steps": steps, **chosen}, "data": {source: data}, **settings}
+    found = {source: data} if isinstance(data, str) else dict(data)
+    tree = {"teacher": {"path": teacher}, "objective": {"steps": steps, **chosen}, "data": found, **settings}
     return train(parse(tree), Path(out))

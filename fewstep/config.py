@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer, field_validator
 
 from fewstep.networks import Full, Lora
 from fewstep.objectives import Objective, objectives
@@ -39,10 +39,14 @@ class WeightsConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """Exactly one of: prompts (zoo:sprites or a .txt, .jsonl, .csv file), images (zoo:sprites or a folder with captions)."""
+    """Exactly one of: prompts (zoo:sprites or a .txt, .jsonl, .csv file), images (zoo:sprites or a folder with captions).
+
+    pairs: how many samples of the teacher's to learn from, drawn once for prompts in pairs_steps steps; they are images, too."""
 
     prompts: str | None = None
     images: str | None = None
+    pairs: int = Field(0, ge=0)
+    pairs_steps: int = Field(50, ge=1)
 
 
 class Config(_Strict):
@@ -135,9 +139,18 @@ def parse(tree: Mapping[str, Any]) -> Config:
         raise ValueError(_first(error)) from error
     if (config.data.prompts is None) == (config.data.images is None):
         raise ValueError("data needs exactly one of prompts and images, as in data: {prompts: zoo:sprites}")
-    if config.objective.needs.images and config.data.images is None:
+    if config.data.pairs and config.data.images is not None:
+        raise ValueError("data.pairs are drawn by the teacher for data.prompts; give those in place of data.images")
+    needs = config.objective.needs
+    if needs.pairs and not config.data.pairs:
         raise ValueError(
-            f"objective {chosen['name']} needs images: add data.images (a folder, or zoo:sprites) in place of data.prompts"
+            f"objective {chosen['name']} needs pairs of noise and the teacher's sample from it: "
+            "add data.pairs, as in data: {prompts: zoo:sprites, pairs: 2000}"
+        )
+    if needs.images and config.data.images is None and not config.data.pairs:
+        raise ValueError(
+            f"objective {chosen['name']} needs images: add data.images (a folder, or zoo:sprites) in place of data.prompts, "
+            "or data.pairs beside them"
         )
     return config
 

@@ -151,10 +151,9 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
         for round_ in bar:
             for i, turn in enumerate(job.objective.round(round_)):
                 rng = stream(settings.seed, accelerator.process_index, round_, i, device)
-                cond, latents = job.source.draw(settings.batch, rng.child("data"))
-                batch = Batch(
-                    cond.to(device), (settings.batch, *job.source.shape), None if latents is None else latents.to(device)
-                )
+                cond, *known = job.source.draw(settings.batch, rng.child("data"))
+                latents, noise = (None if x is None else x.to(device) for x in known)
+                batch = Batch(cond.to(device), (settings.batch, *job.source.shape), latents, noise)
                 for name, player in players.items():
                     player.role.requires_grad_(name == turn.player)
                 losses: Losses = turn.loss(nets, batch, rng)

@@ -95,6 +95,11 @@ def test_there_is_exactly_one_source_of_data(data):
 def test_an_objective_that_needs_images_gets_them():
     assert "objective consistency needs images: add data.images" in refusal(tree(objective={"name": "consistency"}))
     parse(tree(objective={"name": "consistency"}, data={"images": "zoo:sprites"}))
+    parse(tree(objective={"name": "consistency"}, data={"prompts": "zoo:sprites", "pairs": 8}))
+
+
+def test_pairs_are_for_prompts():
+    assert "data.pairs are drawn by the teacher for data.prompts" in refusal(tree(data={"images": "zoo:sprites", "pairs": 8}))
 
 
 @pytest.mark.parametrize("name", objectives())

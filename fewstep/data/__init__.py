@@ -1,8 +1,20 @@
 """Data: prompts, captioned images, and their encodings by the teacher, kept on disk."""
 
 from fewstep.data.cache import cached, default_cache
+from fewstep.data.fingerprint import fingerprint
 from fewstep.data.images import ImageSet, read_images
+from fewstep.data.pairs import Pairs
 from fewstep.data.prompts import read_prompts
-from fewstep.data.source import Source, fingerprint, open_source
+from fewstep.data.source import Source, open_source
 
-__all__ = ["ImageSet", "Source", "cached", "default_cache", "fingerprint", "open_source", "read_images", "read_prompts"]
+__all__ = [
+    "ImageSet",
+    "Pairs",
+    "Source",
+    "cached",
+    "default_cache",
+    "fingerprint",
+    "open_source",
+    "read_images",
+    "read_prompts",
+]

@@ -1,0 +1,55 @@
+"""What a teacher is, as a hash: the part of a cache's key that decides what its encodings and samples are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from fewstep.adapters import Teacher
+
+_ENCODERS = ("text_encoder", "tokenizer", "vae")  # components whose names start so decide what an encoding is
+
+
+def fingerprint(teacher: Teacher, *more: str) -> str:
+    """A hash of what decides the teacher's encodings: configs, tokenizers, and the weights of text encoders and VAE.
+
+    more: further components whose weights count, as the network's do for a sample. Adapters on them do not."""
+    encoders = {k: v for k, v in teacher.pipe.components.items() if k.startswith(_ENCODERS) and v is not None}
+    parts = encoders | {k: teacher.pipe.components[k] for k in more}
+    dtypes = {k: str(next(v.parameters()).dtype) for k, v in parts.items() if isinstance(v, nn.Module)}
+    found: dict[str, Any] = {"dtypes": dtypes}
+    folder = _local(teacher.path)
+    if folder is not None:
+        configs = [folder / "model_index.json", *folder.glob("*/config.json")]
+        files = {*configs, *(f for name in parts for f in (folder / name).rglob("*") if f.is_file())}
+        found |= {f.relative_to(folder).as_posix(): _sha256(f) for f in files}
+    else:  # a hub id, or made in memory: no folder to read, so the loaded weights speak for themselves
+        found |= {k: repr(v) for k, v in encoders.items()} | {k: repr(teacher.pipe.components[k].config) for k in more}
+        found |= {f"{k} weights": _weights(v) for k, v in parts.items() if isinstance(v, nn.Module)}
+    return hashlib.blake2b(json.dumps(found, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _local(path: str) -> Path | None:
+    from fewstep.adapters import teacher_folder
+
+    return teacher_folder(path) if path.startswith("zoo:") or Path(path).is_dir() else None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as raw:
+        return hashlib.file_digest(raw, "sha256").hexdigest()
+
+
+def _weights(module: nn.Module) -> str:
+    total = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if ".lora_" not in name:
+            total.update(f"{name.replace('.base_layer.', '.')} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()

@@ -1,0 +1,77 @@
+"""Teacher pairs: noise and the teacher's own multi-step sample from it, made once for the prompts of a run and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fewstep.data.cache import cached
+from fewstep.data.fingerprint import fingerprint
+from fewstep.denoiser import Cond, Guided
+from fewstep.progress import track
+from fewstep.sampling import ddim, sample
+from fewstep.stream import Stream, rows
+
+if TYPE_CHECKING:
+    from fewstep.adapters import Teacher
+
+SEED = 60_000  # away from those of the zoo's worlds and of previews, so that nobody is judged on noise it was taught
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A wish: `count` samples that the guided teacher draws in `steps` deterministic steps, each with the noise it came from."""
+
+    guided: Guided
+    count: int
+    steps: int
+
+    def chosen(self, n: int) -> Tensor:
+        """Which of n prompts (count,): a shuffle of all, over and over, of which fewer pairs take the beginning."""
+        shuffled = Stream((SEED, "pairs")).uniform(n).argsort()
+        return shuffled.repeat(-(-self.count // n))[: self.count]
+
+
+def make_pairs(
+    teacher: Teacher, wish: Pairs, texts: Sequence[str], cond: Cond, cache: Path | None, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(noise, samples), each (count, C, H, W) float32 on the CPU, for texts and their conditions.
+
+    Made in chunks that are kept one by one: an interrupted run goes on behind the last, more pairs only make what is missing, and
+    processes that share a cache begin at different places and share the work."""
+    times = teacher.grid(wish.steps, "ddim")
+    made_by = {
+        "kind": "pairs",
+        "version": 1,
+        "teacher": fingerprint(teacher, teacher.family.component),
+        "path": hashlib.blake2b(f"{teacher.schedule} {teacher.target}".encode(), digest_size=16).hexdigest(),
+        "guidance": wish.guided.scale,
+        "times": list(times),
+        "seed": SEED,
+    }
+    starts = list(range(0, len(texts), CHUNK))
+    first = len(starts) * int(os.environ.get("RANK", "0")) // int(os.environ.get("WORLD_SIZE", "1"))
+    found = {}
+    for start in track([*starts[first:], *starts[:first]], "sampling the teacher", len(texts), each=CHUNK, active=progress):
+        rest = slice(start, start + CHUNK)
+        key = {"start": start, "prompts": hashlib.blake2b(json.dumps(list(texts[rest])).encode(), digest_size=16).hexdigest()}
+        found[start] = cached(cache, made_by | key, partial(_draw, teacher, wish, times, start, cond[rest]))
+    return tuple(torch.cat([found[start][name] for start in starts]) for name in ("noise", "latents"))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _draw(teacher: Teacher, wish: Pairs, times: Sequence[float], start: int, cond: Cond) -> dict[str, Tensor]:
+    device = str(next(teacher.net.parameters()).device)
+    streams = rows(SEED, start, start + len(cond), device)
+    noise = streams.normal((len(cond), *teacher.latent_shape))
+    return {"noise": noise, "latents": sample(wish.guided, noise, times, cond.to(device), step=ddim, rng=streams)}
