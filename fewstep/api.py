@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep import checkpoint
 from fewstep.adapters import Teacher, load_teacher
-from fewstep.config import ATTENTION, Config, differences, parse
+from fewstep.config import ATTENTION, Config, differences, parse, stepped
 from fewstep.config import load as load_config
 from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Guided
@@ -293,11 +293,5 @@ def distill(*, teacher: str, objective: Part, data: Part, steps: int = 4, out: s
     kind = objectives().get(chosen["name"])
     source = "images" if kind is not None and kind().needs.images else "prompts"
     found = {source: data} if isinstance(data, str) else dict(data)
-    tree = {"teacher": {"path": teacher}, "objective": _stepped(chosen, steps), "data": found, **settings}
+    tree = {"teacher": {"path": teacher}, "objective": stepped(chosen, steps), "data": found, **settings}
     return train(parse(tree), Path(out))
-
-
-def _stepped(chosen: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The objective with its number of steps, which a wrapper leaves to what it wraps."""
-    inner = chosen.get("inner")
-    return {"steps": steps, **chosen} if inner is None else {**chosen, "inner": _stepped(inner, steps)}

@@ -109,6 +109,12 @@ def _check_objective(tree: Any, where: str) -> None:
         _check_objective(tree["inner"], f"{where}.inner")
 
 
+def stepped(chosen: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The objective with its number of steps, which a wrapper leaves to what it wraps."""
+    inner = chosen.get("inner")
+    return {"steps": steps, **chosen} if inner is None else {**chosen, "inner": stepped(inner, steps)}
+
+
 def name_of(objective: Objective) -> str:
     """The registered name of an objective."""
     return next(name for name, kind in objectives().items() if type(objective) is kind)
