@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from fewstep import checkpoint
 from fewstep.adapters import Teacher, load_teacher
-from fewstep.config import ATTENTION, Config, differences, parse, stepped
+from fewstep.config import ATTENTION, Config, differences, parse
 from fewstep.config import load as load_config
 from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Guided
-from fewstep.heads import Discriminator
-from fewstep.networks import Role, build, heads_role, set_weights
+from fewstep.networks import Role, build, set_weights
 from fewstep.objectives import Nets
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
@@ -47,7 +46,7 @@ class Study:
     @property
     def guidance(self) -> float:
         wanted = self.config.teacher.guidance
-        return self.teacher.guidance if wanted is None else wanted
+        return self.teacher.guidance if wanted is None or self.teacher.family.embedded else wanted
 
     @cached_property
     def null(self) -> Cond:
@@ -57,17 +56,13 @@ class Study:
     def guided(self, net: nn.Module) -> Guided:
         """A role (possibly wrapped) as the guided teacher."""
         device = next(self.teacher.net.parameters()).device
-        return Guided(self.teacher.denoiser(net), self.guidance, self.null.to(device))
+        return self.teacher.guided(net, self.guidance, self.null.to(device))
 
     def nets(self, modules: Mapping[str, nn.Module]) -> Nets:
         """The players as the objective sees them."""
         make = self.teacher.denoiser
         critic = make(modules["critic"]) if "critic" in modules else None
-        judge, heads = None, self.config.objective.needs.heads
-        if "heads" in modules:
-            taps = heads.taps_on(self.roles[heads.backbone].net)
-            judge = Discriminator(make(modules[heads.backbone]), taps, modules["heads"])
-        return Nets(make(modules["student"]), self.guided(modules["teacher"]), self.grid, STEPS[self.sampler], critic, judge)
+        return Nets(make(modules["student"]), self.guided(modules["teacher"]), self.grid, STEPS[self.sampler], critic)
 
     def pairs(self) -> Pairs | None:
         """The teacher's samples that the objective learns from, where it does."""
@@ -92,7 +87,7 @@ class Study:
 
 def open_study(config: Config) -> Study:
     """Loads the teacher and makes the roles. Raises ValueError for what cannot work, before any training."""
-    teacher = load_teacher(config.teacher.path)
+    teacher = load_teacher(config.teacher.path, size=config.teacher.size, guidance=config.teacher.guidance)
     objective, family = config.objective, teacher.family
     sampler = objective.sampler or next(iter(family.samplers))
     grid = teacher.deployed_grid(objective.steps, sampler)
@@ -115,8 +110,6 @@ def open_study(config: Config) -> Study:
         checkpointing=config.train.checkpointing,
         seed=config.train.seed,
     )
-    if "heads" in objective.needs.roles:
-        roles["heads"] = heads_role(roles, objective.needs.heads, config.train.seed)
     return Study(config, teacher, roles, sampler, grid)
 
 
@@ -270,7 +263,8 @@ class Run:
         if results.exists():
             record["results"] = json.loads(results.read_text())
         # A fresh teacher: the study's network carries the adapters.
-        teacher = load_teacher(self.config.teacher.path)
+        wish = self.config.teacher
+        teacher = load_teacher(wish.path, size=wish.size, guidance=wish.guidance)
         return export(
             teacher,
             self.config.student.kind(),
@@ -293,5 +287,5 @@ def distill(*, teacher: str, objective: Part, data: Part, steps: int = 4, out: s
     kind = objectives().get(chosen["name"])
     source = "images" if kind is not None and kind().needs.images else "prompts"
     found = {source: data} if isinstance(data, str) else dict(data)
-    tree = {"teacher": {"path": teacher}, "objective": stepped(chosen, steps), "data": found, **settings}
+    tree = {"teacher": {"path": teacher}, "objective": {"steps": steps, **chosen}, "data": found, **settings}
     return train(parse(tree), Path(out))
