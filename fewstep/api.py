@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from fewstep import checkpoint
 from fewstep.adapters import Teacher, load_teacher
-from fewstep.config import ATTENTION, Config, differences, parse
+from fewstep.config import ATTENTION, Config, differences, parse, stepped
 from fewstep.config import load as load_config
 from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Guided
-from fewstep.networks import Role, build, set_weights
+from fewstep.heads import Discriminator
+from fewstep.networks import Role, build, heads_role, set_weights
 from fewstep.objectives import Nets
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
@@ -62,7 +63,11 @@ class Study:
         """The players as the objective sees them."""
         make = self.teacher.denoiser
         critic = make(modules["critic"]) if "critic" in modules else None
-        return Nets(make(modules["student"]), self.guided(modules["teacher"]), self.grid, STEPS[self.sampler], critic)
+        judge, heads = None, self.config.objective.needs.heads
+        if "heads" in modules:
+            taps = heads.taps_on(self.roles[heads.backbone].net)
+            judge = Discriminator(make(modules[heads.backbone]), taps, modules["heads"])
+        return Nets(make(modules["student"]), self.guided(modules["teacher"]), self.grid, STEPS[self.sampler], critic, judge)
 
     def pairs(self) -> Pairs | None:
         """The teacher's samples that the objective learns from, where it does."""
@@ -110,6 +115,8 @@ def open_study(config: Config) -> Study:
         checkpointing=config.train.checkpointing,
         seed=config.train.seed,
     )
+    if "heads" in objective.needs.roles:
+        roles["heads"] = heads_role(roles, objective.needs.heads, config.train.seed)
     return Study(config, teacher, roles, sampler, grid)
 
 
@@ -287,5 +294,5 @@ def distill(*, teacher: str, objective: Part, data: Part, steps: int = 4, out: s
     kind = objectives().get(chosen["name"])
     source = "images" if kind is not None and kind().needs.images else "prompts"
     found = {source: data} if isinstance(data, str) else dict(data)
-    tree = {"teacher": {"path": teacher}, "objective": {"steps": steps, **chosen}, "data": found, **settings}
+    tree = {"teacher": {"path": teacher}, "objective": stepped(chosen, steps), "data": found, **settings}
     return train(parse(tree), Path(out))

@@ -66,21 +66,55 @@ class Config(_Strict):
     @field_validator("objective", mode="before")
     @classmethod
     def _objective(cls, value: Any) -> Objective:
-        if isinstance(value, Objective):
-            return value
-        kind = objectives()[value["name"]]
-        try:
-            return TypeAdapter(kind).validate_python({k: v for k, v in value.items() if k != "name"})
-        except ValidationError as error:  # nested, its message would be a paragraph
-            raise ValueError(_first(error)) from error
+        return value if isinstance(value, Objective) else _made(value)
 
     @field_serializer("objective")
     def _fields(self, value: Objective) -> dict[str, Any]:
-        return {"name": name_of(value), **dataclasses.asdict(value)}  # type: ignore[call-overload]
+        return _told(value)
 
     def dump(self) -> str:
         """The complete YAML, defaults written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _made(tree: Mapping[str, Any]) -> Objective:
+    """The objective that checked plain data name; one that wraps another holds it as a field."""
+    values = {k: v for k, v in tree.items() if k != "name"}
+    if "inner" in values:
+        try:
+            values["inner"] = _made(values["inner"])
+        except ValueError as error:
+            raise ValueError(f"inner: {error}") from error
+    try:
+        return TypeAdapter(objectives()[tree["name"]]).validate_python(values)
+    except ValidationError as error:  # nested, its message would be a paragraph
+        raise ValueError(_first(error)) from error
+
+
+def _told(objective: Objective) -> dict[str, Any]:
+    """The plain data that `_made` makes an objective of."""
+    values = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}  # type: ignore[arg-type]
+    return {"name": name_of(objective), **{k: _told(v) if isinstance(v, Objective) else v for k, v in values.items()}}
+
+
+def _check_objective(tree: Any, where: str) -> None:
+    """Raises ValueError for plain data that name no objective, or options it has not."""
+    known = objectives()
+    if not isinstance(tree, Mapping) or "name" not in tree:
+        raise ValueError(f"{where} needs a name, one of: {', '.join(known)}")
+    if tree["name"] not in known:
+        raise ValueError(
+            f"{where}.name: {tree['name']!r} is not known{_hint(str(tree['name']), known)}; there are: {', '.join(known)}"
+        )
+    check_keys(tree, ["name", *(f.name for f in dataclasses.fields(known[tree["name"]]))], where)  # type: ignore[arg-type]
+    if "inner" in tree:
+        _check_objective(tree["inner"], f"{where}.inner")
+
+
+def stepped(chosen: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The objective with its number of steps, which a wrapper leaves to what it wraps."""
+    inner = chosen.get("inner")
+    return {"steps": steps, **chosen} if inner is None else {**chosen, "inner": stepped(inner, steps)}
 
 
 def name_of(objective: Objective) -> str:
@@ -126,15 +160,7 @@ def parse(tree: Mapping[str, Any]) -> Config:
     for part, kind in (("teacher", TeacherConfig), ("student", WeightsConfig), ("critic", WeightsConfig), ("data", DataConfig)):
         check_keys(tree.get(part, {}), kind.model_fields, part)
     check_keys(tree.get("train", {}), [f.name for f in dataclasses.fields(Settings)], "train")
-    chosen = tree.get("objective")
-    known = objectives()
-    if not isinstance(chosen, Mapping) or "name" not in chosen:
-        raise ValueError(f"objective needs a name, one of: {', '.join(known)}")
-    if chosen["name"] not in known:
-        raise ValueError(
-            f"objective.name: {chosen['name']!r} is not known{_hint(str(chosen['name']), known)}; there are: {', '.join(known)}"
-        )
-    check_keys(chosen, ["name", *(f.name for f in dataclasses.fields(known[chosen["name"]]))], "objective")  # type: ignore[arg-type]
+    _check_objective(tree.get("objective"), "objective")
     try:
         config = Config.model_validate(dict(tree))
     except ValidationError as error:
@@ -143,15 +169,15 @@ def parse(tree: Mapping[str, Any]) -> Config:
         raise ValueError("data needs exactly one of prompts and images, as in data: {prompts: zoo:sprites}")
     if config.data.pairs and config.data.images is not None:
         raise ValueError("data.pairs are drawn by the teacher for data.prompts; give those in place of data.images")
-    needs = config.objective.needs
+    needs, name = config.objective.needs, name_of(config.objective)
     if needs.pairs and not config.data.pairs:
         raise ValueError(
-            f"objective {chosen['name']} needs pairs of noise and the teacher's sample from it: "
+            f"objective {name} needs pairs of noise and the teacher's sample from it: "
             "add data.pairs, as in data: {prompts: zoo:sprites, pairs: 2000}"
         )
     if needs.images and config.data.images is None and not config.data.pairs:
         raise ValueError(
-            f"objective {chosen['name']} needs images: add data.images (a folder, or zoo:sprites) in place of data.prompts, "
+            f"objective {name} needs images: add data.images (a folder, or zoo:sprites) in place of data.prompts, "
             "or data.pairs beside them"
         )
     return config

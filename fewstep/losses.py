@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +49,55 @@ def non_saturating(fake: Tensor) -> Tensor:
 def logistic(real: Tensor, fake: Tensor) -> Tensor:
     """Discriminator's loss softplus(-D(real)) + softplus(D(fake))."""
     return F.softplus(-real) + F.softplus(fake)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Two losses shaped like the logits (real, fake): what the judge minimises and what the student does; pairs: whether the
+    student's reads the real logits too."""
+
+    judge: Callable[[Tensor, Tensor], Tensor]
+    student: Callable[[Tensor, Tensor], Tensor]
+    pairs: bool = False
+
+
+CONTESTS = {
+    "non_saturating": Contest(logistic, lambda real, fake: non_saturating(fake)),
+    "hinge": Contest(lambda real, fake: F.relu(1 - real) + F.relu(1 + fake), lambda real, fake: -fake),  # arXiv 1705.02894
+    "least_squares": Contest(lambda real, fake: (real - 1) ** 2 + fake**2, lambda real, fake: (fake - 1) ** 2),  # 1611.04076
+    "relativistic": Contest(  # arXiv 1807.00734
+        lambda real, fake: F.softplus(fake - real), lambda real, fake: F.softplus(real - fake), pairs=True
+    ),
+}
+
+
+def gradient_penalty(logits: Tensor, x: Tensor) -> Tensor:
+    """R1 (of real x; of fake x: R2): |grad_x D|^2 (B,) of the mean logit D, summed over x (B, C, *S), which needs a gradient.
+
+    Mescheder et al. 2018, eq. 9, without its gamma / 2. It is differentiated twice: attention must run in plain mathematics."""
+    (grad,) = torch.autograd.grad(flat_mean(logits).sum(), x, create_graph=True)
+    return _wide(grad).flatten(1).square().sum(1)
+
+
+def jitter_penalty(logits: Tensor, jittered: Tensor, std: float) -> Tensor:
+    """R1 or R2 without a second derivative: E[((D(x + std n) - D(x)) / std)^2] (B,), mean over the logits, n ~ N(0, I).
+
+    Both logits must be of the SAME x, noise and time: against another x it would measure how samples differ. It tends to
+    |grad_x D|^2 as std -> 0 (Seaweed-APT, arXiv 2501.08316, section 3.3, whose form is not divided by std^2)."""
+    return flat_mean((_wide(jittered) - _wide(logits)).square()) / std**2
+
+
+def health(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """How heads do, from logits (B, K): mean distance of real from fake logits (near 0 they know nothing, above 5 the student is
+    outplayed), its spread over the batch, the share judged rightly, and the share beyond +-10, where ratios are cut."""
+    real, fake = real.detach(), fake.detach()
+    gap, both = flat_mean(real) - flat_mean(fake), torch.cat([real, -fake])
+    return {
+        "gap": gap.mean(),
+        "gap_std": gap.std(correction=0),
+        "accuracy": (both > 0).float().mean(),
+        "clipped": (both.abs() > 10).float().mean(),
+    }
 
 
 def _wide(x: Tensor) -> Tensor:

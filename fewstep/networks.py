@@ -14,6 +14,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fewstep.heads import Enough, Heads
+
 
 @dataclass(frozen=True)
 class Full:
@@ -80,7 +82,10 @@ class Role(nn.Module):
         _activate(self.net, self.adapter)
         device = next(self.net.parameters()).device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            return self.net(*args, **kwargs)
+            try:
+                return self.net(*args, **kwargs)
+            except Enough as enough:  # a return value, so that DistributedDataParallel ends its forward in order
+                return enough.features
 
 
 def _remembering_checkpoint(base: nn.Module):
@@ -89,13 +94,19 @@ def _remembering_checkpoint(base: nn.Module):
     Without it a role switch between forward and backward gives silently wrong gradients."""
 
     def run(block: nn.Module, *args: Any) -> Any:
-        adapter = getattr(base, _ACTIVE, None)
+        adapter, ended = getattr(base, _ACTIVE, None), []
 
         def again(*inputs: Any) -> Any:
             _activate(base, adapter)
-            return block(*inputs)
+            try:
+                return block(*inputs)
+            except Enough as enough:  # passed on below: an exception through `checkpoint` leaves its hooks in place
+                ended.append(enough)
 
-        return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False)
+        out = torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False)
+        if ended:
+            raise ended[0]
+        return out
 
     return run
 
@@ -148,6 +159,11 @@ def _inject(base: nn.Module, name: str, kind: Lora, targets: list[str], seed: in
             p.requires_grad_(True)
         elif ".lora_" not in key:
             p.requires_grad_(False)
+
+
+def heads_role(roles: Mapping[str, Role], heads: Heads, seed: int) -> Role:
+    """Discriminator heads as a role, float32, on the network whose features they judge."""
+    return Role("heads", heads.build(roles[heads.backbone].net, seed), owns=True, dtype=torch.float32)
 
 
 def parameter_bytes(roles: Iterable[Role]) -> int:

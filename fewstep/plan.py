@@ -13,7 +13,7 @@ from fewstep.config import Config
 from fewstep.deploy import falling, seen_times
 from fewstep.families import Family, family_of, make_scheduler, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
-from fewstep.networks import Full, Lora, build
+from fewstep.networks import Full, Lora, build, heads_role
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -41,7 +41,10 @@ def plan(config: Config) -> dict[str, Any]:
     if "critic" in config.objective.needs.roles:
         wanted["critic"] = config.critic.kind()
     roles = build(net, wanted, lora_targets=family.lora_targets)
-    trained = {k: sum(p.numel() for p in roles[k].parameters()) for k in wanted}
+    if "heads" in config.objective.needs.roles:
+        with torch.device("meta"):
+            roles["heads"] = heads_role(roles, config.objective.needs.heads, config.train.seed)
+    trained = {k: sum(p.numel() for p in role.parameters()) for k, role in roles.items() if k != "teacher"}
     width = 2 if config.train.dtype == "bfloat16" else 4
     # weights float32 + gradient + two Adam moments for what is trained, the average for the student, the frozen base once
     memory = base * width + sum(16 * n for n in trained.values()) + 4 * trained["student"]

@@ -33,6 +33,7 @@ class Settings:
     batch: int = 32
     lr: float = 1e-4
     critic_lr: float | None = None  # None: lr
+    heads_lr: float | None = None  # None: lr
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 10  # rounds of linear warm-up
     betas: tuple[float, float] = (0.9, 0.999)
@@ -52,12 +53,13 @@ class Settings:
         for name in ("rounds", "batch", "log_every", "save_every", "preview_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
-        if self.lr <= 0 or (self.critic_lr is not None and self.critic_lr <= 0):
-            raise ValueError("train.lr and train.critic_lr must be positive")
+        if any(rate is not None and rate <= 0 for rate in (self.lr, self.critic_lr, self.heads_lr)):
+            raise ValueError("train.lr, train.critic_lr and train.heads_lr must be positive")
 
     def rate(self, player: str, round_: int) -> float:
         """The learning rate of a player in a round; a pure function, so resuming needs no scheduler state."""
-        base = self.critic_lr if player == "critic" and self.critic_lr is not None else self.lr
+        own = {"critic": self.critic_lr, "heads": self.heads_lr}.get(player)
+        base = self.lr if own is None else own
         ramp = min(1.0, (round_ + 1) / max(1, self.warmup))
         if player == "student" and self.schedule == "cosine":
             ramp *= 0.5 * (1 + math.cos(math.pi * round_ / self.rounds))
@@ -155,14 +157,15 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
                 latents, noise = (None if x is None else x.to(device) for x in known)
                 batch = Batch(cond.to(device), (settings.batch, *job.source.shape), latents, noise)
                 for name, player in players.items():
-                    player.role.requires_grad_(name == turn.player)
+                    player.role.requires_grad_(name in turn.movers)
                 losses: Losses = turn.loss(nets, batch, rng)
                 accelerator.backward(losses.total)
-                mover = players[turn.player]
-                norm = mover.update(settings.rate(turn.player, round_), settings.clip)
-                if turn.player == "student":
+                for name in turn.movers:
+                    norm = players[name].update(settings.rate(name, round_), settings.clip)
+                    meter.add(f"{name}/grad_norm", norm)
+                if "student" in turn.movers:
                     ema.update(job.roles["student"].weights(), round_)
-                for name, value in {**{k: v.mean() for k, v in losses.terms.items()}, "grad_norm": norm, **losses.stats}.items():
+                for name, value in {**{k: v.mean() for k, v in losses.terms.items()}, **losses.stats}.items():
                     meter.add(f"{turn.player}/{name}", value)
             done = round_ + 1
             stop = _agreed(stopped(), done % settings.log_every == 0, accelerator)

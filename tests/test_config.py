@@ -29,6 +29,11 @@ def tree(**parts):
     }
 
 
+def judged(**inner):
+    """An objective that holds one."""
+    return {"objective": {"name": "adversarial", "heads": "ladd", "inner": {"name": "dmd", **inner}}}
+
+
 def refusal(found):
     with pytest.raises(ValueError) as error:
         parse(found)
@@ -56,6 +61,10 @@ def test_what_is_left_out_has_a_default():
         ({"train": {"rouns": 2}}, "train.rouns: unknown option; did you mean rounds?"),
         ({"objective": {"name": "dmd", "critic_turnz": 2}}, "objective.critic_turnz: unknown option; did you mean critic_turns?"),
         ({"objective": {"name": "dmdd"}}, "objective.name: 'dmdd' is not known; did you mean dmd?"),
+        (judged(critic_turnz=2), "objective.inner.critic_turnz: unknown option; did you mean critic_turns?"),
+        (judged(name="dmdd"), "objective.inner.name: 'dmdd' is not known; did you mean dmd?"),
+        ({"objective": {"name": "adversarial", "inner": "dmd"}}, "objective.inner needs a name, one of: "),
+        ({"objective": {"name": "adversarial", "weigth": 1}}, "objective.weigth: unknown option; did you mean weight?"),
         ({"zzz": 1}, "zzz: unknown option; known: teacher, "),
         ({1: 2}, "1: unknown option"),
     ],
@@ -67,7 +76,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(wrong, said):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"objective": {"steps": 4}}, "objective needs a name, one of: consistency, dmd"),
+        ({"objective": {"steps": 4}}, "objective needs a name, one of: "),
         ({"objective": "dmd"}, "objective needs a name"),
         ({"train": None}, "train must hold settings, not None"),
         ({"teacher": "zoo:sprites-sd"}, "teacher must hold settings"),
@@ -77,6 +86,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(wrong, said):
         ({"train": {"rounds": 0}}, "train: train.rounds must be at least 1"),
         ({"train": {"dtype": "float16"}}, "train.dtype: "),
         ({"objective": {"name": "dmd", "steps": "four"}}, "objective: steps: "),
+        (judged(steps="four"), "objective: inner: steps: "),
+        (judged(name="adversarial"), "objective: inner: adversarial is a wrapper already"),
+        ({"objective": {"name": "adversarial", "loss": "harsh"}}, "objective: loss: "),
         (
             {"objective": {"name": "consistency", "steps": 4, "segments": 3}, "data": {"images": "x"}},
             "objective: segments (3) must divide steps (4)",
@@ -105,7 +117,21 @@ def test_pairs_are_for_prompts():
 @pytest.mark.parametrize("name", objectives())
 def test_what_is_dumped_is_what_is_loaded(name, tmp_path):
     needed = {"images": "zoo:sprites"} if objectives()[name]().needs.images else {"prompts": "zoo:sprites"}
-    config = parse(tree(objective={"name": name, "steps": 2}, data=needed, train={"betas": [0.5, 0.9], "lr": "1e-4"}))
+    config = parse(tree(objective={"name": name}, data=needed, train={"betas": [0.5, 0.9], "lr": "1e-4"}))
+    assert_comes_back(config, tmp_path)
+
+
+def test_a_wrapped_objective_comes_back_with_what_it_holds(tmp_path):
+    found = tree(**judged(steps=1, critic_turns=2), data={"images": "zoo:sprites"})
+    found["objective"]["taps"] = ["mid_block", "down_blocks.0"]
+    config = parse(found)
+    assert config.objective.inner == DMD(steps=1, critic_turns=2) and config.objective.steps == 1
+    assert config.objective.needs.heads.taps == ("mid_block", "down_blocks.0")
+    assert_comes_back(config, tmp_path)
+    assert differences(config, parse({**found, **judged(steps=2)}))[0] == "objective.inner.critic_turns"
+
+
+def assert_comes_back(config, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(config.dump())
     assert load(file) == config and load(file).dump() == config.dump()

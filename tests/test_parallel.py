@@ -10,13 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny import save, tiny_sd_pipeline, tiny_zimage_pipeline
 
 ROOT = Path(__file__).parents[1]
-CASES = [("sd", "lora"), ("sd", "full"), ("zimage", "full")]
+CASES = [
+    ("sd", "lora", "dmd"),
+    ("sd", "full", "dmd"),
+    ("zimage", "full", "dmd"),
+    ("sd", "full", "adversarial"),
+    ("sd", "lora", "critic-added"),
+]
+DMD = {"name": "dmd", "steps": 2, "critic_turns": 1}
+OBJECTIVES = {
+    "dmd": DMD,
+    "adversarial": {"name": "adversarial", "inner": DMD},
+    "critic-added": {"name": "adversarial", "inner": {"name": "consistency", "steps": 2, "solver_steps": 4}, "heads": "dmd2"},
+}
 
 
-def config(teacher, weights, prompts, **train):
+def config(teacher, weights, objective, folder, **train):
     from fewstep.config import parse
 
     settings = {
@@ -34,8 +47,8 @@ def config(teacher, weights, prompts, **train):
             "teacher": {"path": teacher, "guidance": 2.0},
             "student": {"weights": weights, "rank": 2},
             "critic": {"weights": weights, "rank": 2},
-            "objective": {"name": "dmd", "steps": 2, "critic_turns": 1},
-            "data": {"prompts": prompts},
+            "objective": OBJECTIVES[objective],
+            "data": {"prompts": f"{folder}/prompts.txt"} if objective == "dmd" else {"images": f"{folder}/images"},
             "train": settings,
         }
     )
@@ -49,7 +62,7 @@ def digest(roles):
         for key, value in sorted(role.weights().items()):
             total.update(key.encode() + value.detach().numpy().tobytes())
         found[name] = total.hexdigest()
-    return {name: found[name] for name in ("student", "critic")}
+    return {name: value for name, value in found.items() if name != "teacher"}
 
 
 class Interrupted:
@@ -84,12 +97,12 @@ def main(teachers, out):
             told[case]["end"] = digest(job.roles)
 
     api.fit = watch
-    for name, weights in CASES:
-        case = f"{name}-{weights}"
-        api.train(config(f"{teachers}/{name}", weights, f"{teachers}/prompts.txt"), Path(out) / case)
+    for name, weights, objective in CASES:
+        case = f"{name}-{weights}-{objective}"
+        api.train(config(f"{teachers}/{name}", weights, objective, teachers), Path(out) / case)
     case = "ctrl-c"
     try:
-        long = config(f"{teachers}/sd", "lora", f"{teachers}/prompts.txt", rounds=1000, log_every=4, save_every=1000)
+        long = config(f"{teachers}/sd", "lora", "dmd", teachers, rounds=1000, log_every=4, save_every=1000)
         api.train(long, Path(out) / case)
     except KeyboardInterrupt:
         told[case]["stopped"] = True
@@ -103,6 +116,10 @@ def ran(tmp_path_factory):
     save(tiny_sd_pipeline(), teachers / "sd")
     save(tiny_zimage_pipeline(), teachers / "zimage")
     (teachers / "prompts.txt").write_text("a red circle\na blue square\na star\n")
+    (teachers / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 64), (80 * i, 0, 90)).save(teachers / f"images/{i}.png")
+        (teachers / f"images/{i}.txt").write_text(f"number {i}")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FEWSTEP_CACHE": str(out / "cache"), "OMP_NUM_THREADS": "1"}
     command = [*torchrun, "--standalone", __file__, str(teachers), str(out)]
@@ -116,7 +133,8 @@ def ran(tmp_path_factory):
 def test_the_replicas_of_every_role_stay_identical(ran, case):
     (first, second), _, _ = ran
     assert first[case] == second[case]
-    assert all(first[case]["start"][role] != first[case]["end"][role] for role in ("student", "critic"))
+    assert len(first[case]["start"]) == (2 if case.endswith("dmd") else 3)
+    assert all(first[case]["start"][role] != first[case]["end"][role] for role in first[case]["start"])
 
 
 @pytest.mark.multi

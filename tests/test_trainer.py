@@ -286,15 +286,19 @@ def setup(teacher, data, tmp_path, monkeypatch, request):
     monkeypatch.setattr(api.Preview, "__call__", lambda *_: None)
 
     def make(objective="dmd", weights="lora", **train):
-        options = {"dmd": {"critic_turns": 1}, "consistency": {"solver_steps": 4}}[objective]
+        options = {
+            "dmd": {"steps": 2, "critic_turns": 1},
+            "consistency": {"steps": 2, "solver_steps": 4},
+            "adversarial": {"inner": {"name": "dmd", "steps": 2, "critic_turns": 1}, "r1": 0.1},
+        }[objective]
         chosen = {"rounds": 1, "batch": 2, "lr": 1e-3, "save_every": 3, "log_every": 1, "device": "cpu", **train}
         return parse(
             {
                 "teacher": {"path": teacher, "guidance": 2.0},
                 "student": {"weights": weights, "rank": 2},
                 "critic": {"weights": weights, "rank": 2},
-                "objective": {"name": objective, "steps": 2, **options},
-                "data": data[objective],
+                "objective": {"name": objective, **options},
+                "data": data["dmd" if objective == "dmd" else "consistency"],
                 "train": chosen,
             }
         )
@@ -311,14 +315,14 @@ def weights_of(run):
     return contents(checkpoint.latest(run / "checkpoints"))
 
 
-@pytest.mark.parametrize(("objective", "weights"), [("dmd", "lora"), ("consistency", "full")])
+@pytest.mark.parametrize(("objective", "weights"), [("dmd", "lora"), ("consistency", "full"), ("adversarial", "lora")])
 def test_resume_is_bitwise(setup, tmp_path, objective, weights):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     api.train(setup(objective, weights, rounds=6), whole)
     api.train(setup(objective, weights, rounds=3), parts)
     first = weights_of(parts)
     api.train(setup(objective, weights, rounds=6), parts, resume=True)
-    roles = {"student", "critic"} if objective == "dmd" else {"student"}
+    roles = {"student", *setup(objective).objective.needs.roles}
     assert weights_of(whole).keys() == {"state.json", "ema.safetensors"} | {
         f"{kind}{role}.safetensors" for role in roles for kind in ("", "optimizer-")
     }

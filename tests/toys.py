@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import TARGETS, Cond, Denoiser, Guided
+from fewstep.heads import Discriminator, Taps
 from fewstep.objectives import Batch, Nets, Objective
 from fewstep.sampling import STEPS, Step, renoise, sample, uniform_grid
 from fewstep.schedules import EDM, DiscreteVP, NoiseSchedule, RectifiedFlow, TrigFlow, like
@@ -209,6 +210,17 @@ class Learner(nn.Module):
         return self.base(x, time, cond) + self.mlp(torch.cat([x, waves.to(x)], -1))
 
 
+class ToyHeads(nn.Module):
+    """Heads (B, 1) on one tap of a world without space."""
+
+    def __init__(self, width: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return self.mlp(features[0])
+
+
 @dataclass(frozen=True)
 class World:
     """A ring of six modes in the plane, an exact teacher on the straight path, and players that start as copies of it."""
@@ -238,9 +250,18 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     truth = Mixture(torch.stack([angles.cos(), angles.sin()], -1), 0.1, torch.full((6,), 1 / 6))
     schedule = RectifiedFlow()
     base = Exact(truth, schedule, "flow")
-    players = {name: Learner(base, 2).to(dtype or torch.float32) for name in ("student", *objective.needs.roles)}
+    heads = objective.needs.heads
+    players = {
+        name: Learner(base, 2).to(dtype or torch.float32) for name in ("student", *objective.needs.roles) if name != "heads"
+    }
     roles = {name: Denoiser(net, schedule, "flow", call, dtype) for name, net in players.items()}
     teacher = Denoiser(base, schedule, "flow", call)
+    if "heads" in objective.needs.roles:
+        learns = heads.backbone == "critic"
+        block, width = (players["critic"].mlp[3], 64) if learns else (base.clean, 2)
+        players["heads"] = ToyHeads(width)  # float32, as always
+        judging = roles["critic"] if learns else teacher
+        roles["judge"] = Discriminator(judging, Taps({"tap": block}, (width,)), players["heads"])
     step = STEPS[objective.sampler or "ddim"]
     return World(Nets(teacher=teacher, grid=uniform_grid(objective.steps), step=step, **roles), players, truth)
 
@@ -252,10 +273,11 @@ def play(objective: Objective, world: World, rounds: int, batch: int, lr: float,
     for round_ in range(rounds):
         for i, turn in enumerate(objective.round(round_)):
             for name, net in world.players.items():
-                net.requires_grad_(name == turn.player)
+                net.requires_grad_(name in turn.movers)
             turn.loss(world.nets, world.batch(batch), stream(seed, 0, round_, i)).total.backward()
-            optimizers[turn.player].step()
-            optimizers[turn.player].zero_grad()
+            for name in turn.movers:
+                optimizers[name].step()
+                optimizers[name].zero_grad()
 
 
 def sliced_w2(x: Tensor, y: Tensor, num_directions: int = 64) -> float:

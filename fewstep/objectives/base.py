@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import islice
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser, Guided, Prediction
+from fewstep.heads import Heads
 from fewstep.sampling import Step, rollout
 from fewstep.stream import Stream
 
@@ -65,20 +66,27 @@ class Losses:
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimizer update of one player."""
+    """One optimizer update of one player, or of others along with it where one loss teaches them together."""
 
     player: str
     loss: Callable[[Nets, Batch, Stream], Losses]
+    others: tuple[str, ...] = ()
+
+    @property
+    def movers(self) -> tuple[str, ...]:
+        """Everyone who moves."""
+        return (self.player, *self.others)
 
 
 @dataclass(frozen=True)
 class Needs:
     """What an objective cannot do without: trained roles besides the student; clean data; the noise behind it, which only the
-    teacher's own samples have."""
+    teacher's own samples have; and which heads, where "heads" is among the roles."""
 
     roles: tuple[str, ...] = ()
     images: bool = False
     pairs: bool = False
+    heads: Heads = field(default_factory=Heads)
 
 
 class Objective(ABC):
@@ -89,6 +97,7 @@ class Objective(ABC):
 
     steps: int
     sampler: str | None
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a field may hold an objective
 
     @property
     @abstractmethod

@@ -61,4 +61,4 @@ class DMD(Objective):
         t = Uniform(self.critic_low, 1.0).sample(len(x), rng)
         eps = rng.normal_like(x)
         prediction = nets.critic(nets.critic.schedule.add_noise(x, eps, t), t, batch.cond)
-        return Losses({"denoise": mse(nets.critic.native(prediction, t), nets.critic.aim(x, eps, t))})
+        return Losses({"denoise": mse(nets.critic.native(prediction, t), nets.critic.aim(x, eps, t))}, sample=x)

@@ -1,0 +1,262 @@
+"""Discriminator heads on the features of any block of any network, taken by hooks: no forward is ever copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.denoiser import Cond, Denoiser, Prediction
+
+
+class Enough(Exception):
+    """Raised by the last tap of a pass that is wanted for its features alone. Whoever must finish in order on the way up (a
+    gradient checkpoint, a role inside DistributedDataParallel) lets it pass when it has."""
+
+    def __init__(self, features: tuple[Any, ...]) -> None:
+        super().__init__("all taps have been reached")
+        self.features = features
+
+
+@contextmanager
+def tapped(blocks: Mapping[str, nn.Module], stop: bool) -> Iterator[dict[str, Any]]:
+    """Collects the outputs of blocks by name while it is open; the hooks are gone afterwards, whatever happens.
+
+    stop: the pass ends with `Enough` at the last block reached."""
+    found: dict[str, Any] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[name] = output
+            if stop and len(found) == len(blocks):
+                raise Enough(tuple(found.values()))
+
+        return hook
+
+    hooks = [block.register_forward_hook(note(name)) for name, block in blocks.items()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """A network that says `Enough` itself where a wrapper (a role, DistributedDataParallel) has turned it into a return value."""
+
+    net: Callable[..., Any]
+    wanted: int
+    found: dict[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.net(*args, **kwargs)
+        if len(self.found) == self.wanted:
+            raise Enough(tuple(self.found.values()))
+        return out
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Blocks of a network and the number of channels of each; patch, channels: how it cuts an image into tokens."""
+
+    blocks: dict[str, nn.Module] = field(repr=False)
+    widths: tuple[int, ...]
+    patch: int = 1
+    channels: int | None = None
+
+    def read(self, found: Mapping[str, Any], x_t: Tensor) -> list[Tensor]:
+        """What the blocks gave as maps (B, width, h, w) of x_t (B, C, H, W), at least float32."""
+        maps = [self._map(found[name], x_t) for name in self.blocks]
+        return [m if m.dtype == torch.float64 else m.float() for m in maps]
+
+    def _map(self, output: Any, x_t: Tensor) -> Tensor:
+        parts = [p for p in (output if isinstance(output, tuple) else (output,)) if isinstance(p, Tensor)]
+        for part in parts:
+            if part.ndim == x_t.ndim:
+                return part
+        packing = round((self.channels / x_t.shape[1]) ** 0.5) if self.channels else 1  # 2 where 2x2 latents are one channel set
+        h, w = (side // (self.patch * packing) for side in x_t.shape[2:])
+        # Streams of text and image come apart, or as one sequence with the image's tokens first.
+        tokens = min((p for p in parts if p.ndim == 3 and p.shape[1] >= h * w), key=lambda p: p.shape[1])
+        return tokens[:, : h * w].transpose(1, 2).unflatten(2, (h, w))
+
+
+def taps_of(net: Any, names: tuple[str, ...]) -> Taps:
+    """The taps with these names. Raises ValueError where the network has no such block, or none whose width can be told."""
+    blocks, widths = {}, []
+    for name in names:
+        try:
+            blocks[name] = net.get_submodule(name)
+        except AttributeError as error:
+            there = ", ".join(k for k, _ in net.named_modules() if k and k.count(".") == (k.split(".")[-1].isdigit()))
+            raise ValueError(f"taps: {type(net).__name__} has no block {name!r}; there are: {there}") from error
+        widths.append(_width(name, blocks[name]))
+    config = net.config
+    patch = config.get("patch_size") or config.get("all_patch_size", (1,))[0]
+    return Taps(blocks, tuple(widths), patch if isinstance(patch, int) else patch[-1], config.get("in_channels"))
+
+
+def _width(name: str, block: nn.Module) -> int:
+    """Channels of what a block gives: of its last residual convolution, or of the residual stream its attention reads."""
+    by_name: dict[str, Any] = {k.rpartition(".")[2]: m for k, m in block.named_modules()}
+    if "conv2" in by_name:
+        return by_name["conv2"].weight.shape[0]
+    if "to_q" in by_name:
+        return by_name["to_q"].weight.shape[1]
+    raise ValueError(f"taps: the width of block {name!r} cannot be told; tap a whole residual or transformer block")
+
+
+def bottleneck(net: Any) -> tuple[str, ...]:
+    """The middle of a network: a UNet's mid block, a transformer's middle block."""
+    if hasattr(net, "mid_block"):
+        return ("mid_block",)
+    name, blocks = _stack(net)
+    return (f"{name}.{len(blocks) // 2}",)
+
+
+def several(net: Any) -> tuple[str, ...]:
+    """A UNet's way down and its mid block; a transformer's blocks at 0.1, 0.4, 0.7 and 0.95 of its depth (SANA-Sprint: 2, 8, 14
+    and 19 of 20)."""
+    if hasattr(net, "mid_block"):
+        return (*(f"down_blocks.{i}" for i in range(len(net.down_blocks))), "mid_block")
+    name, blocks = _stack(net)
+    return tuple(dict.fromkeys(f"{name}.{int(part * len(blocks))}" for part in (0.1, 0.4, 0.7, 0.95)))
+
+
+def _stack(net: Any) -> tuple[str, nn.ModuleList]:
+    """The longest list of blocks of a transformer."""
+    lists = [(name, child) for name, child in net.named_children() if isinstance(child, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(net).__name__} has no list of blocks to tap; name its blocks in taps")
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def whole(width: int) -> nn.Module:
+    """One logit for a whole map: DMD2's head for 8x8 maps (its SD 1.5), to which any other map is pooled first."""
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(8),
+        nn.Conv2d(width, width, 4, 2, 1),
+        nn.GroupNorm(_groups(width), width),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 4, 4),
+        nn.GroupNorm(_groups(width), width),
+        nn.SiLU(),
+        nn.Conv2d(width, 1, 1),
+    )
+
+
+def tokenwise(width: int) -> nn.Module:
+    """A logit for each token, from its surroundings (LADD, SANA-Sprint; group norm in the place of spectral and batch norms,
+    whose running state would have to be remembered)."""
+    inner = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(_groups(width), width), nn.LeakyReLU(0.2))
+    return nn.Sequential(
+        nn.Conv2d(width, width, 1),
+        nn.GroupNorm(_groups(width), width),
+        nn.LeakyReLU(0.2),
+        _Residual(inner),
+        nn.Conv2d(width, 1, 1),
+    )
+
+
+def averaged(width: int) -> nn.Module:
+    """One logit, the mean over a map of patchwise ones (FastGen's heads for transformers)."""
+    half = max(1, width // 2)
+    return nn.Sequential(
+        nn.Conv2d(width, half, 4, 2, 2),
+        nn.GroupNorm(_groups(half), half),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(half, 1, 1),
+        nn.AdaptiveAvgPool2d(1),
+    )
+
+
+def _groups(width: int) -> int:
+    return next(n for n in range(min(32, width), 0, -1) if width % n == 0)
+
+
+class _Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Forked(nn.Module):
+    """One head a tap; their logits side by side, (B, K)."""
+
+    def __init__(self, heads: list[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return torch.cat([head(f).flatten(1) for head, f in zip(self.heads, features, strict=True)], 1)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to judge: whose features (the critic's learn from the judging too, the teacher's are frozen), which blocks where
+    none are named, and the head on each."""
+
+    backbone: Literal["critic", "teacher"]
+    taps: Callable[[Any], tuple[str, ...]]
+    head: Callable[[int], nn.Module]
+
+
+KINDS = {
+    "dmd2": Kind("critic", bottleneck, whole),  # arXiv 2405.14867, appendix
+    "ladd": Kind("teacher", several, tokenwise),  # arXiv 2403.12015
+    "projected": Kind("teacher", bottleneck, averaged),
+}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which heads: kind, a key of KINDS; taps, names of the blocks they listen to (none: the kind's own choice)."""
+
+    kind: str = "dmd2"
+    taps: tuple[str, ...] = ()
+
+    @property
+    def backbone(self) -> Literal["critic", "teacher"]:
+        return KINDS[self.kind].backbone
+
+    def taps_on(self, net: Any) -> Taps:
+        """The taps on a network. Raises ValueError for a block that it has not."""
+        return taps_of(net, self.taps or KINDS[self.kind].taps(net))
+
+    def build(self, net: Any, seed: int) -> Forked:
+        """Untrained heads for a network, the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Forked([KINDS[self.kind].head(width) for width in self.taps_on(net).widths])
+
+
+@final
+@dataclass(frozen=True)
+class Discriminator:
+    """A Judge: heads on the taps of a denoiser, which may be a role, wrapped or not, a full copy or an adapter."""
+
+    denoiser: Denoiser
+    taps: Taps
+    heads: Callable[[list[Tensor]], Tensor]
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Logits (B, K) of "x_t is noised real data", float32; the network runs no further than its last tapped block."""
+        with tapped(self.taps.blocks, stop=True) as found:
+            ending = _Ending(self.denoiser.net, len(self.taps.blocks), found)
+            with suppress(Enough):
+                replace(self.denoiser, net=ending)(x_t, t, cond)
+        return self.heads(self.taps.read(found, x_t))
+
+    def both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
+        """The denoiser's own prediction and the logits, from one pass."""
+        with tapped(self.taps.blocks, stop=False) as found:
+            prediction = self.denoiser(x_t, t, cond)
+        return prediction, self.heads(self.taps.read(found, x_t))

@@ -1,0 +1,138 @@
+"""A discriminator for any objective: heads on a diffusion network's features judge noised samples (arXiv 2206.02262)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from fewstep.heads import KINDS, Heads
+from fewstep.losses import CONTESTS, flat_mean, mse
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.contest import View, contest, looked
+from fewstep.objectives.dmd import DMD
+from fewstep.stream import Stream
+from fewstep.times import Uniform
+
+
+@register("adversarial")
+@final
+@dataclass(frozen=True, kw_only=True)
+class Adversarial(Objective):
+    """Adds to an objective a loss on the student's sample that heads, which learn to tell it from real data, give it.
+
+    inner: the objective; `steps` and `sampler` are its. heads: dmd2 (the critic's bottleneck, which learns along; arXiv
+    2405.14867), ladd (several blocks of the frozen teacher, a logit a token; arXiv 2403.12015), projected (one of its blocks);
+    taps: other blocks for them. loss: a key of CONTESTS. weight: of the student's term; judge_weight: of the heads' beside the
+    critic's own. low, high, shift: times to which samples are noised before they are judged. paired: real and fake share time
+    and noise. r1, r2: weights of the gradient penalties of real and fake; jitter: the approximate ones' step, 0 for the exact.
+    The heads learn in the critic's turns, from the samples it has; where the inner objective has none, in a turn before the
+    student's, from samples of the student's turn. An inner objective that trains heads keeps them: only the term is added.
+    Deviation: heads and critic move together as in DMD2, but by an optimizer each, so that their rates may differ.
+    """
+
+    inner: Objective = field(default_factory=DMD)
+    heads: Literal["dmd2", "ladd", "projected"] = "dmd2"
+    taps: tuple[str, ...] = ()
+    loss: Literal["non_saturating", "hinge", "least_squares", "relativistic"] = "non_saturating"
+    weight: float = 3e-3
+    judge_weight: float = 1e-2
+    low: float = 0.001
+    high: float = 1.0
+    shift: float = 1.0
+    paired: bool = False
+    r1: float = 0.0
+    r2: float = 0.0
+    jitter: float = 0.01
+
+    def __post_init__(self) -> None:
+        Uniform(self.low, self.high, self.shift)
+        if isinstance(self.inner, Adversarial):
+            raise ValueError("inner: adversarial is a wrapper already; one of them is enough")
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        return self.inner.steps
+
+    @property
+    def sampler(self) -> str | None:  # type: ignore[override]
+        return self.inner.sampler
+
+    @property
+    def needs(self) -> Needs:
+        inner = self.inner.needs
+        if "heads" in inner.roles:
+            return replace(inner, images=True)
+        roles = dict.fromkeys((*inner.roles, *(("critic",) if KINDS[self.heads].backbone == "critic" else ()), "heads"))
+        return replace(inner, roles=tuple(roles), images=True, heads=Heads(self.heads, self.taps))
+
+    def round(self, step: int) -> list[Turn]:
+        turns = self.inner.round(step)
+        student = next(turn for turn in turns if turn.player == "student")
+        movers = {name for turn in turns for name in turn.movers}
+        beside = "heads" not in movers and (self.needs.heads.backbone == "critic" or "critic" in movers)
+        wrapped: list[Turn] = []
+        for turn in turns:
+            if turn.player == "student":
+                if beside and "critic" not in movers:
+                    own = Turn("critic", partial(self.denoise, student))
+                    wrapped.append(Turn("critic", partial(self.critic_loss, student, own), ("heads",)))
+                elif not movers & {"critic", "heads"}:
+                    wrapped.append(Turn("heads", partial(self.heads_loss, student, None)))
+                turn = replace(turn, loss=partial(self.student_loss, turn))
+            elif turn.player == "critic" and beside:
+                turn = Turn("critic", partial(self.critic_loss, student, turn), (*turn.others, "heads"))
+            wrapped.append(turn)
+        return wrapped
+
+    def student_loss(self, turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """The inner loss, and weight x the contest's loss of a fresh noising of its sample."""
+        losses = turn.loss(nets, batch, rng)
+        assert losses.sample is not None, "an objective hands on its student's sample"
+        rules, views = CONTESTS[self.loss], self._views(nets, batch, losses.sample, rng.child("adversary"))
+        seen = looked(nets, views if rules.pairs else views[1:], batch.cond)
+        term = self.weight * flat_mean(rules.student(seen[0], seen[-1]))
+        return replace(losses, terms={**losses.terms, "adversary": term})
+
+    def denoise(self, student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """What keeps a critic that the inner objective has not a denoiser: its native loss on samples of the student's turn."""
+        assert nets.critic is not None
+        x = _sample(student, nets, batch, rng)
+        t, eps = Uniform(self.low, self.high).sample(len(x), rng), rng.normal_like(x)
+        prediction = nets.critic(nets.critic.schedule.add_noise(x, eps, t), t, batch.cond)
+        return Losses({"denoise": mse(nets.critic.native(prediction, t), nets.critic.aim(x, eps, t))}, sample=x)
+
+    def critic_loss(self, student: Turn, turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """The critic's own loss and judge_weight x the heads', on the same samples."""
+        losses = turn.loss(nets, batch, rng)
+        heads = self.heads_loss(student, losses.sample, nets, batch, rng.child("adversary"))
+        return replace(losses, terms={**losses.terms, **heads.terms}, stats={**losses.stats, **heads.stats})
+
+    def heads_loss(self, student: Turn, sample: Tensor | None, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """judge_weight x (the contest's loss and the penalties), all from one pass of the network."""
+        if sample is None:
+            sample = _sample(student, nets, batch, rng)
+        real, fake = self._views(nets, batch, sample.detach(), rng)
+        losses = contest(nets, batch.cond, real, fake, CONTESTS[self.loss], rng, r1=self.r1, r2=self.r2, jitter=self.jitter)
+        return replace(losses, terms={k: self.judge_weight * v for k, v in losses.terms.items()})
+
+    def _views(self, nets: Nets, batch: Batch, sample: Tensor, rng: Stream) -> list[View]:
+        """(x_t, t) of noised real data and of the noised sample."""
+        assert batch.latents is not None
+        views = []
+        for name, x in (("real", batch.latents), ("fake", sample)):
+            own = rng.child("both" if self.paired else name)
+            t = Uniform(self.low, self.high, self.shift).sample(len(x), own)
+            views.append((nets.student.schedule.add_noise(x, own.normal_like(x), t), t))
+        return views
+
+
+def _sample(student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
+    """What the student's turn would hand on, without a graph."""
+    with torch.no_grad():
+        sample = student.loss(nets, batch, rng.child("sample")).sample
+    assert sample is not None, "an objective hands on its student's sample"
+    return sample

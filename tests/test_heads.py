@@ -1,0 +1,183 @@
+"""Features are those of the network's own forward, taken by hooks that leave nothing behind."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from tiny import tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
+from torch import nn
+
+from fewstep.denoiser import Cond, Denoiser
+from fewstep.families import FAMILIES
+from fewstep.heads import KINDS, Discriminator, Heads, tapped, taps_of
+from fewstep.networks import Full, Lora, build, heads_role
+
+MAKERS = {"StableDiffusionPipeline": tiny_sd_pipeline, "ZImagePipeline": tiny_zimage_pipeline, "DDPMPipeline": tiny_ddpm_pipeline}
+LAST = {"StableDiffusionPipeline": "up_blocks.0", "ZImagePipeline": "all_final_layer.2-1", "DDPMPipeline": "up_blocks.0"}
+T = torch.tensor([0.4, 0.7], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def family(request):
+    pipe = MAKERS[request.param]()
+    return request.param, FAMILIES[request.param], pipe
+
+
+def players(family, kind="dmd2", wanted=None, size=(8, 8), **options):
+    """(roles with heads, (role, x, t) -> the judge's arguments, the judge on a role)."""
+    _, known, pipe = family
+    roles = build(
+        copy.deepcopy(getattr(pipe, known.component)),
+        wanted or {"student": Lora(2), "critic": Lora(2)},
+        lora_targets=known.lora_targets,
+        **options,
+    )
+    for i, role in enumerate(roles.values()):  # away from the identity that adapters start as
+        rng = torch.Generator().manual_seed(i)
+        for p in role.parameters():
+            p.data += 0.1 * torch.randn(p.shape, generator=rng)
+    roles["heads"] = heads_role(roles, Heads(kind), seed=0)
+    make = partial(Denoiser, schedule=known.schedule(pipe.scheduler), target=known.target(pipe.scheduler), call=known.call)
+    net = roles["teacher"].net
+    rng = torch.Generator().manual_seed(7)
+    words = torch.randn(2, 5, 16, generator=rng)
+    cond = Cond({"prompt": words, "length": torch.tensor([5, 4]), "label": torch.zeros(2, dtype=torch.long)})
+    x = torch.randn(2, net.config["in_channels"], *size, generator=rng)
+
+    def judge(name="critic", wrap=lambda role: role):
+        return Discriminator(make(wrap(roles[name])), Heads(kind).taps_on(roles[name].net), roles["heads"])
+
+    return roles, (x, T, cond), judge
+
+
+def counted(module):
+    """The module's calls so far."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_early_exit_sees_what_a_whole_pass_sees(family, kind):
+    roles, inputs, judge = players(family, kind)
+    beyond = counted(roles["critic"].net.get_submodule(LAST[family[0]]))
+    logits = judge().logits(*inputs)
+    assert not beyond  # it ran no further than its last tap
+    prediction, again = judge().both(*inputs)
+    assert len(beyond) == 1
+    plain = judge().denoiser(*inputs)
+    assert torch.equal(logits, again) and logits.dtype == torch.float32 and logits.shape[0] == 2
+    assert torch.equal(prediction.x0, plain.x0) and torch.equal(prediction.eps, plain.eps)
+    assert not torch.equal(judge("teacher").logits(*inputs), logits)  # each role's own features
+
+
+def test_a_pass_leaves_no_hook_behind(family):
+    roles, inputs, judge = players(family)
+
+    def hooks():
+        return sum(len(m._forward_hooks) for m in roles["critic"].net.modules())
+
+    before = hooks()
+    judge().logits(*inputs)
+    judge().both(*inputs)
+    with pytest.raises(RuntimeError):
+        judge().logits(inputs[0][:, :1], *inputs[1:])  # the network itself fails
+    assert hooks() == before
+
+
+@pytest.mark.parametrize("kind", ["dmd2", "ladd"])
+def test_checkpointing_gives_the_same_gradients_through_an_early_exit(family, kind):
+    """The student runs between forward and backward, so that a recomputation under the wrong role would show."""
+
+    def gradients(checkpointing):
+        roles, (x, t, cond), judge = players(family, kind, checkpointing=checkpointing)
+        x = x.clone().requires_grad_()
+        logits = judge().logits(x, t, cond)
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # nothing keeps packing what others save
+        (logits.square().mean() + judge("student").denoiser(x, t, cond).x0.mean()).backward()
+        return [x.grad, *(p.grad for r in ("critic", "heads") for p in roles[r].parameters() if p.grad is not None)]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert len(plain) == len(recomputed) > 3 and all(float(g.abs().max()) > 0 for g in plain[:1])
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+class Wrapper(nn.Module):
+    """What DistributedDataParallel does with a module, as far as an early exit can disturb it: work after the forward."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.ended = module, 0
+
+    def forward(self, *args, **kwargs):
+        out = self.module(*args, **kwargs)
+        self.ended += 1
+        return out
+
+
+def test_a_wrapped_role_ends_its_forward_in_order(family):
+    _, inputs, judge = players(family)
+    wrapped: list[Wrapper] = []
+    plain, through = judge(), judge(wrap=lambda role: wrapped.append(Wrapper(role)) or wrapped[-1])
+    assert torch.equal(through.logits(*inputs), plain.logits(*inputs))
+    assert wrapped[0].ended == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (8, 16)])
+def test_heads_judge_latents_of_any_size(family, kind, size):
+    """T22."""
+    _, inputs, judge = players(family, kind, size=size)
+    logits = judge("teacher").logits(*inputs)
+    assert logits.isfinite().all() and logits.ndim == 2
+    if kind != "ladd":
+        assert logits.shape[1] == 1
+
+
+def test_a_token_has_a_logit_of_its_own(family):
+    _, inputs, judge = players(family, "ladd")
+    k = judge("teacher").logits(*inputs).shape[1]
+    assert k == {"StableDiffusionPipeline": 3 * 16, "DDPMPipeline": 3 * 16, "ZImagePipeline": 16}[family[0]]
+
+
+@pytest.mark.parametrize("wanted", [{"critic": Full()}, {"critic": Lora(2)}])
+def test_bfloat16_features_are_judged_in_float32(family, wanted):
+    _, inputs, judge = players(family, wanted={"student": Lora(2), **wanted}, dtype=torch.bfloat16)
+    logits = judge().logits(*inputs)
+    assert logits.dtype == torch.float32
+    logits.mean().backward()
+
+
+def test_no_teachers_weight_gets_a_gradient_and_the_sample_does(family):
+    roles, (x, t, cond), judge = players(family, "ladd")
+    x.requires_grad_()
+    judge("teacher").logits(x, t, cond).mean().backward()
+    assert float(x.grad.abs().max()) > 0
+    assert all(p.grad is None for name, role in roles.items() if name != "heads" for p in role.net.parameters())
+
+
+def test_the_seed_makes_the_heads(family):
+    _, known, pipe = family
+    net = getattr(pipe, known.component)
+    first, again, other = (Heads("ladd").build(net, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_a_tap_that_is_not_there_is_refused_with_those_that_are():
+    net = tiny_sd_pipeline().unet
+    with pytest.raises(
+        ValueError, match=r"taps: UNet2DConditionModel has no block 'middle'; there are: .*down_blocks\.0.*mid_block"
+    ):
+        taps_of(net, ("middle",))
+    with pytest.raises(ValueError, match="the width of block 'time_embedding' cannot be told"):
+        taps_of(net, ("time_embedding",))
+
+
+def test_an_error_inside_a_block_comes_out_as_itself():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 2))
+    with pytest.raises(RuntimeError), tapped({"a": net[1]}, stop=True):
+        net(torch.zeros(1, 2))
+    assert not net[1]._forward_hooks
