@@ -92,7 +92,8 @@ class Denoiser:
         Raises ValueError where x_t does not determine x0 and eps: t = 0 for a network that predicts x0, zero SNR for one that
         predicts eps."""
         coefficients = self.solve(t)
-        time = self.schedule.model_time(t).to(device=x_t.device, dtype=torch.float32, non_blocking=True)
+        exact = torch.promote_types(x_t.dtype, torch.float32)
+        time = self.schedule.model_time(t).to(device=x_t.device, dtype=exact, non_blocking=True)
         out = self.call(self.net, x_t if self.dtype is None else x_t.to(self.dtype), time, cond)
         return complete(x_t, out, coefficients)
 
@@ -132,13 +133,11 @@ def complete(x_t: Tensor, out: Tensor, coefficients: tuple[Tensor, Tensor, Tenso
 class Guided:
     """Classifier-free guidance as a wrapper: u + scale (c - u), both halves in one batch. Scale 1 is no guidance.
 
-    null: the condition (leading axis 1) that the teacher's own pipeline uses for "no prompt". renorm: what some pipelines make of
-    a guided output, (the network's conditional output, the guided one) -> output."""
+    null: the condition (leading axis 1) that the teacher's own pipeline uses for "no prompt"."""
 
     denoiser: Denoiser
     scale: float
     null: Cond
-    renorm: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -155,8 +154,4 @@ class Guided:
         if self.scale == 1:
             return self.denoiser(x_t, t, cond)
         c, u = self.both(x_t, t, cond)
-        mixed = Prediction(torch.lerp(u.x0, c.x0, self.scale), torch.lerp(u.eps, c.eps, self.scale), c.alpha, c.sigma)
-        if self.renorm is None:
-            return mixed
-        out = self.renorm(self.denoiser.native(c, t), self.denoiser.native(mixed, t))
-        return complete(x_t, out, self.denoiser.solve(t))
+        return Prediction(torch.lerp(u.x0, c.x0, self.scale), torch.lerp(u.eps, c.eps, self.scale), c.alpha, c.sigma)

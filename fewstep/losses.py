@@ -41,6 +41,13 @@ def normalised(direction: Tensor, x: Tensor, real: Tensor, floor: float = 1e-4) 
     return direction / scale.reshape(-1, *([1] * (x.ndim - 1)))
 
 
+def unit(direction: Tensor, floor: float) -> Tensor:
+    """direction / (its root mean square in each sample + floor): tangent normalisation, independent of the resolution (sCM,
+    arXiv 2410.11081, section 4.1)."""
+    scale = flat_mean(direction.square()).sqrt() + floor
+    return direction / scale.reshape(-1, *([1] * (direction.ndim - 1)))
+
+
 def non_saturating(fake: Tensor) -> Tensor:
     """Generator's loss softplus(-D(fake)), shaped like the logits (Goodfellow et al. 2014)."""
     return F.softplus(-fake)

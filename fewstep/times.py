@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fewstep.schedules import NoiseSchedule
 from fewstep.stream import Stream
 
 
@@ -28,3 +29,19 @@ class Uniform:
         t = rng.uniform(n)
         t = self.shift * t / (1 + (self.shift - 1) * t)
         return self.low + (self.high - self.low) * t
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """ln(sigma / alpha) normal, on any schedule (Karras et al. 2022, table 1; for data of unit variance)."""
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ValueError(f"the spread of ln(sigma / alpha) must be positive, not {self.std}")
+
+    def sample(self, n: int, rng: Stream, schedule: NoiseSchedule) -> Tensor:
+        """n times (n,) of the schedule, float64; ratios beyond its ends are its ends."""
+        return schedule.t_of_ratio((self.mean + self.std * rng.gaussian(n)).exp())

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # is the whole folder, "zoo.build" that one file. A module may always import its own key's. A new module needs a row here.
 MATH = {"schedules", "losses", "divergences", "stream"}
 DENOISER = MATH | {"denoiser"}
-PARTS = {"sampling", "times", "heads", "experts"}
+PARTS = {"sampling", "times", "heads", "experts", "matched", "tangents"}
 TEACHER = {"families", "folders", "deploy", "adapters"}
 SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "proof", "export"}
 LOOP = {"trainer", "ema", "checkpoint", "monitor", "progress"}
@@ -29,6 +29,8 @@ MAY_IMPORT = {
     #
     "sampling": DENOISER,
     "times": DENOISER,
+    "matched": DENOISER | {"sampling"},
+    "tangents": DENOISER,
     "heads": DENOISER,
     "experts": DENOISER,
     #
@@ -41,7 +43,7 @@ MAY_IMPORT = {
     # side doors: they know Diffusers, and nothing of objectives and the trainer
     "families": DENOISER | PARTS,
     "folders": {"zoo"},
-    "deploy": DENOISER | PARTS | {"families"},
+    "deploy": DENOISER | PARTS,
     "adapters": DENOISER | PARTS | TEACHER | {"zoo"},
     "networks": DENOISER | PARTS | TEACHER,
     "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},

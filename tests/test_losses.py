@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import NOTHING, OneLevel, gaussian, times
 
-from fewstep.losses import flat_mean, logistic, mse, non_saturating, normalised, pseudo_huber, push
+from fewstep.losses import flat_mean, logistic, mse, non_saturating, normalised, pseudo_huber, push, unit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -99,3 +99,11 @@ def test_gan_pairs_at_an_undecided_discriminator():
     torch.testing.assert_close(logistic(zero, zero), torch.full((2,), 2 * math.log(2)))
     assert non_saturating(torch.tensor(9.0)) < 1e-3 and non_saturating(torch.tensor(-9.0)) > 8.9
     assert logistic(torch.tensor(9.0), torch.tensor(-9.0)) < 1e-3 and logistic(torch.tensor(-9.0), torch.tensor(9.0)) > 17.9
+
+
+def test_a_unit_direction_has_the_same_length_at_every_resolution_and_scale():
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    torch.testing.assert_close(flat_mean(unit(x, 0.0).square()), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(unit(1e3 * x, 0.0), unit(x, 0.0))
+    torch.testing.assert_close(unit(x, 0.5), unit(x.repeat(1, 7, 1), 0.5)[:, :2])
+    assert (unit(torch.zeros(1, 4), 0.1) == 0).all()

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from toys import SCHEDULES
 
 from fewstep.stream import stream
-from fewstep.times import Uniform
+from fewstep.times import LogNormal, Uniform
 
 N = 20_000
 
@@ -48,3 +49,19 @@ def test_an_empty_or_outside_range_is_refused(low, high):
 def test_a_shift_that_is_not_positive_is_refused(shift):
     with pytest.raises(ValueError, match="shift must be positive"):
         Uniform(shift=shift)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_log_normal_law_is_one_of_noise_ratios_on_every_schedule(name):
+    """Up to the schedule's ends, where what lies beyond is put."""
+    schedule = SCHEDULES[name]
+    alpha, sigma = schedule.alpha_sigma(LogNormal(-0.3, 1.4).sample(N, stream(0, 0, 0, 0), schedule))
+    p = (torch.arange(N, dtype=torch.float64) + 0.5) / N
+    expected = (-0.3 + 1.4 * torch.special.ndtri(p)).exp()
+    end = float(torch.div(*schedule.alpha_sigma(torch.ones(1).double())[::-1]))
+    assert ((sigma / alpha).log().sort()[0] - expected.clamp(max=end).log())[500:-500].abs().max() < 0.1
+
+
+def test_a_spread_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="must be positive"):
+        LogNormal(0.0, 0.0)

@@ -73,8 +73,9 @@ def times(*t: float) -> Tensor:
 
 
 def heard(schedule: NoiseSchedule, time: Tensor) -> Tensor:
-    """The t behind the float32 number that a network is fed; exact where t is a multiple of 1/1000 or of 1/1024."""
-    return (schedule.t_of_model_time(time.double()) * 1_024_000).round() / 1_024_000
+    """The t behind the number a network is fed, differentiable; a float32 one is made exact (multiples of 1/1000, 1/1024)."""
+    t = schedule.t_of_model_time(time.double())
+    return t + ((t * 1_024_000).round() / 1_024_000 - t).detach() if time.dtype == torch.float32 else t
 
 
 class Exact(nn.Module):
