@@ -19,7 +19,7 @@ from fewstep.stream import stream
 AT_REST = {"dmd"}
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
-ROUNDS = {"dmd": 400, "consistency": 600}
+ROUNDS = {"dmd": 400, "consistency": 600, "scm": 300}
 
 
 # What the registry holds, and each of it judged by heads on either backbone.

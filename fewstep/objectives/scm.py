@@ -1,0 +1,99 @@
+"""Continuous-time consistency, simplified and stabilised (sCM, Lu and Song 2024, arXiv 2410.11081), from any teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from fewstep.losses import flat_mean, push, unit
+from fewstep.matched import Matched
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.schedules import TrigFlow, like
+from fewstep.stream import Stream
+from fewstep.tangents import DERIVATIVES, Derivative
+from fewstep.times import LogNormal
+
+TRIG = TrigFlow()
+ANGLE = torch.pi / 2  # the angle at TrigFlow's t = 1
+
+
+@register("scm")
+@final
+@dataclass(frozen=True, kw_only=True)
+class SCM(Objective):
+    """Along the teacher's trajectory the student's x0 must not change: its field F is pushed along cos u df/du, the limit of
+    discrete consistency for vanishing steps (equations 6 to 8, section 4). Any schedule, by matching noise ratios to TrigFlow.
+
+    mean, std: of ln(sigma / alpha) in training (the paper's -1.0, 1.4 at a data deviation of 0.5 are -0.3, 1.4 at 1, which
+    latents are taken to have). warmup: rounds over which the tangent's second half is let in (paper: 10,000 of 400,000).
+    floor: c of the tangent normalisation. noise_share: share of samples put at the noise end, where this loss has no gradient:
+    for an adversarial wrapper (SANA-Sprint's max-time weighting, arXiv 2503.09641). derivative: jvp, or difference for
+    kernels without forward differentiation. Images (latents) are needed.
+    Deviations: no log-variance network (an objective owns no weights): after normalisation its optimum is 0 to within
+    floor / rms(tangent), as rCM found (arXiv 2510.08431); the norm is a root mean square, so that floor means the same at every
+    resolution; SANA-Sprint's fresh draw of times for its adversarial half is the same draw here.
+    """
+
+    steps: int = 2
+    sampler: str | None = None
+    mean: float = -0.3
+    std: float = 1.4
+    warmup: int = 100
+    floor: float = 0.1
+    noise_share: float = 0.0
+    derivative: Literal["jvp", "difference"] = "jvp"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_share < 1:
+            raise ValueError(f"noise_share is a share of samples in [0, 1), not {self.noise_share}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(images=True)
+
+    def round(self, step: int) -> list[Turn]:
+        return [Turn("student", partial(self.student_loss, warm=min(1.0, (step + 1) / max(1, self.warmup))))]
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Stream, warm: float = 1.0) -> Losses:
+        """Half the squared norm of F - sg(F + tangent), whose gradient in F is -tangent (equation 8 with weight 1)."""
+        assert batch.latents is not None
+        n, student = len(batch.latents), Matched(nets.student, TRIG)
+        t = times(LogNormal(self.mean, self.std), n, rng, student)
+        t = torch.where(rng.uniform(n) < self.noise_share, student.highest, t)
+        x_t = TRIG.add_noise(batch.latents, rng.normal_like(batch.latents), t)
+        g, stats = tangent(nets, batch, x_t, t, warm, DERIVATIVES[self.derivative])
+        prediction = student(x_t, t, batch.cond)
+        return Losses({"scm": push(prediction.v, -unit(g, self.floor))}, stats, prediction.x0)
+
+
+def times(law: LogNormal, n: int, rng: Stream, student: Matched) -> Tensor:
+    """Times of TrigFlow (n,) between the lowest level of a table of a thousand and the student's own noise end."""
+    lowest = torch.full((1,), 1e-3, dtype=torch.float64)
+    alpha, sigma = student.denoiser.schedule.alpha_sigma(lowest)
+    return law.sample(n, rng, TRIG).clamp(float(TRIG.t_of_ratio(sigma / alpha)), student.highest)
+
+
+def tangent(
+    nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, warm: float, derivative: Derivative
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-cos^2 (F - dx/du) - warm cos sin (x_t + dF/du) at x_t on TrigFlow, where dx/du is the guided teacher's F; no graph.
+
+    With warm = 1 this is cos u df/du of f = cos u x - sin u F along the teacher's trajectory (sCM, section 4.1). The
+    derivative is taken along cos sin (dx/du, 1), which stays bounded towards the noise end ("JVP rearrangement")."""
+    student, teacher = Matched(nets.student, TRIG), Matched(nets.teacher, TRIG)
+
+    def field(x: Tensor, at: Tensor) -> Tensor:
+        return student(x, at, batch.cond).v
+
+    with torch.no_grad():
+        velocity = teacher(x_t, t, batch.cond).v
+        cos, sin = (like(c, x_t) for c in TRIG.alpha_sigma(t))
+        rate = torch.cos(t * ANGLE) * torch.sin(t * ANGLE)
+        f, slope = derivative(field, x_t, t, cos * sin * velocity, rate / ANGLE)
+        g = -(cos**2) * (f - velocity) - warm * (cos * sin * x_t + slope)
+    stats = {"tangent": flat_mean(g.square()).sqrt().mean(), "velocity_gap": flat_mean((f - velocity).square()).mean()}
+    return g, stats

@@ -1,0 +1,148 @@
+import math
+
+import pytest
+import torch
+from toys import NOTHING, SCHEDULES, TEACHERS, Gaussian, denoiser, endpoint, game, gaussian
+
+from fewstep.denoiser import Cond, Guided
+from fewstep.losses import unit
+from fewstep.matched import Matched
+from fewstep.objectives import Batch
+from fewstep.objectives.scm import ANGLE, SCM, TRIG, tangent, times
+from fewstep.sampling import ddim
+from fewstep.schedules import like
+from fewstep.stream import stream
+from fewstep.tangents import DERIVATIVES, jvp
+from fewstep.times import LogNormal
+
+MEAN, VAR = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
+teachers = pytest.mark.parametrize("name, target", TEACHERS)
+N = 128
+
+
+def exact(name, target):
+    return gaussian(MEAN.tolist(), VAR.tolist(), SCHEDULES[name], target)
+
+
+def student_of(name, target, mean=MEAN, var=VAR, gain=endpoint):
+    return denoiser(Gaussian(mean.tolist(), var.tolist(), gain), SCHEDULES[name], target)
+
+
+def clean():
+    return MEAN + VAR.sqrt() * torch.randn(N, 2, dtype=torch.float64)
+
+
+def tangents(student, teacher, *, warm=1.0, derivative=jvp, cond=NOTHING):
+    """(tangent, x_t, t) at noised samples, the noise end among them."""
+    t = times(LogNormal(-0.3, 1.4), N, stream(0, 0, 0, 0), matched := Matched(student, TRIG))
+    t[:4] = matched.highest
+    x_t = TRIG.add_noise(clean(), torch.randn(N, 2, dtype=torch.float64), t)
+    return tangent(game(student, teacher), Batch(cond, (N, 2)), x_t, t, warm, derivative)[0], x_t, t
+
+
+@teachers
+@pytest.mark.parametrize("derivative, tolerance", [("jvp", 1e-12), ("difference", 1e-6)])
+def test_the_tangent_vanishes_at_the_consistency_function(name, target, derivative, tolerance):
+    g = tangents(student_of(name, target), exact(name, target), derivative=DERIVATIVES[derivative])[0]
+    assert g.abs().max() < tolerance
+    assert tangents(exact(name, target), exact(name, target))[0].abs().max() > 0.1
+
+
+def test_the_network_of_unit_data_is_minus_the_tangent_of_half_the_angle():
+    unit_data = student_of("sd", "epsilon", torch.zeros(2), torch.ones(2))
+    _, x_t, t = tangents(unit_data, unit_data)
+    expected = -(like(t, x_t) * ANGLE / 2).tan() * x_t
+    torch.testing.assert_close(Matched(unit_data, TRIG)(x_t, t, NOTHING).v, expected)
+
+
+@teachers
+def test_the_gradient_is_the_limit_of_discrete_consistency(name, target):
+    """(cos / sin) ||f(x_t, t) - sg f(x_s, s)||^2 / (t - s), x_s one teacher step below: first order in the step (section 11)."""
+    student, teacher = student_of(name, target, MEAN + 0.3, 1.5 * VAR), exact(name, target)
+    f, parameters = Matched(student, TRIG), list(student.net.parameters())
+    _, x_t, t = tangents(student, teacher)
+    x_t, t = x_t[4:], t[4:].clamp(0.1)
+    g = tangent(game(student, teacher), Batch(NOTHING, (N, 2)), x_t, t, 1.0, jvp)[0]
+    limit = torch.cat(torch.autograd.grad(-2 * (g * f(x_t, t, NOTHING).v).sum(), parameters))
+
+    def gap(step):
+        with torch.no_grad():
+            below = t - step / ANGLE
+            x_s = ddim(TRIG, Matched(teacher, TRIG)(x_t, t, NOTHING), below, stream(0, 0, 0, 0))
+            target_ = f(x_s, below, NOTHING).x0
+        weight = like(1 / (t * ANGLE).tan(), x_t)
+        discrete = (weight * (f(x_t, t, NOTHING).x0 - target_).square()).sum() / step
+        found = torch.cat(torch.autograd.grad(discrete, parameters))
+        return float((found - limit).norm() / limit.norm())
+
+    assert gap(1e-4) < 0.01
+    assert gap(1e-3) / gap(1e-4) == pytest.approx(10, rel=0.3)
+
+
+@teachers
+def test_without_its_second_half_the_tangent_matches_velocities(name, target):
+    student, teacher = student_of(name, target), exact(name, target)
+    g, x_t, t = tangents(student, teacher, warm=0.0)
+    gap = Matched(student, TRIG)(x_t, t, NOTHING).v - Matched(teacher, TRIG)(x_t, t, NOTHING).v
+    torch.testing.assert_close(g, -like((t * ANGLE).cos() ** 2, g) * gap)
+    assert tangents(teacher, teacher, warm=0.0)[0].abs().max() == 0
+
+
+def test_guidance_moves_the_consistency_function_by_the_distance_of_the_means():
+    mean = lambda m: Cond({"mean": m[None]})  # noqa: E731
+    null, schedule = MEAN + 0.3, SCHEDULES["sd"]
+    teacher = Guided(gaussian([0.0, 0.0], VAR.tolist(), schedule, "epsilon"), 4.0, mean(null))
+
+    def largest(centre):
+        deaf = lambda net, x, time, cond: net(x, time, NOTHING)  # noqa: E731
+        student = denoiser(Gaussian(centre.tolist(), VAR.tolist(), endpoint), schedule, "epsilon", deaf)
+        return tangents(student, teacher, cond=mean(MEAN).expand(N))[0].abs().max()
+
+    assert largest(null + 4.0 * (MEAN - null)) < 1e-12 < 0.1 < largest(MEAN)
+
+
+def test_warm_up_lets_the_second_half_in_over_rounds():
+    def warm(step, warmup):
+        return SCM(warmup=warmup).round(step)[0].loss.keywords["warm"]  # type: ignore[attr-defined]
+
+    assert [warm(s, 10) for s in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
+    assert warm(0, 0) == 1.0
+
+
+@teachers
+def test_the_student_is_pushed_along_the_normalised_tangent_and_nobody_else_is(name, target):
+    student, teacher, given = student_of(name, target, MEAN + 0.3), exact(name, target), clean()
+    objective, batch = SCM(floor=0.2, mean=0.0, std=0.5), Batch(NOTHING, (N, 2), given)
+    losses = objective.student_loss(game(student, teacher), batch, stream(3, 0, 0, 0), 0.5)
+    rng, f = stream(3, 0, 0, 0), Matched(student, TRIG)
+    t = times(LogNormal(0.0, 0.5), N, rng, f)
+    x_t = TRIG.add_noise(given, rng.normal_like(given), t)
+    g = unit(tangent(game(student, teacher), batch, x_t, t, 0.5, jvp)[0], 0.2)
+    prediction = f(x_t, t, NOTHING)
+    expected = 0.5 * (prediction.v - (prediction.v + g).detach()).square().mean(1)
+    torch.testing.assert_close(losses.terms["scm"], expected)
+    parameters = list(student.net.parameters())
+    for a, b in zip(*(torch.autograd.grad(v.mean(), parameters, retain_graph=True) for v in (losses.total, expected))):
+        torch.testing.assert_close(a, b)
+    losses.total.backward()
+    assert all(p.grad is None for p in teacher.net.parameters())
+    torch.testing.assert_close(losses.sample, prediction.x0)
+
+
+def test_a_share_of_samples_at_the_noise_end_is_judged_but_not_pushed():
+    student, teacher = student_of("flow", "flow", MEAN + 0.3), exact("flow", "flow")
+    batch = Batch(NOTHING, (N, 2), clean())
+    losses = SCM(noise_share=0.5).student_loss(game(student, teacher), batch, stream(0, 0, 0, 0))
+    resting = losses.terms["scm"] < 1e-12
+    assert 0.35 < resting.double().mean() < 0.65
+    assert losses.sample is not None and (losses.sample[resting].std(0) > 0.1).all()
+    with pytest.raises(ValueError, match="share of samples"):
+        SCM(noise_share=1.0)
+
+
+def test_times_stay_where_the_student_was_trained():
+    f = Matched(exact("sd", "epsilon"), TRIG)
+    t = times(LogNormal(0.0, 50.0), 1000, stream(0, 0, 0, 0), f)
+    time = SCHEDULES["sd"].model_time(SCHEDULES["sd"].t_of_ratio((t * ANGLE).tan()))
+    assert time.min() == pytest.approx(0, abs=1e-6) and time.max() == pytest.approx(999, abs=1e-4)
+    assert math.isclose(float(t.max()), f.highest)
