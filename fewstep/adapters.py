@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fewstep.denoiser import Cond, Denoiser, cat
+from fewstep.denoiser import Cond, Denoiser, Guided, cat
 from fewstep.deploy import falling, seen_times
-from fewstep.families import Family, family_of, make_scheduler, net_config
+from fewstep.families import Family, Setting, family_of, make_scheduler, net_config, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.schedules import NoiseSchedule
 
@@ -28,6 +28,7 @@ class Teacher:
     family: Family
     schedule: NoiseSchedule
     target: str
+    setting: Setting
 
     @property
     def net(self) -> Any:
@@ -37,63 +38,73 @@ class Teacher:
         """A role of this teacher's network as a Denoiser."""
         return Denoiser(net, self.schedule, self.target, self.family.call)
 
+    def guided(self, net: Any, scale: float | None = None, null: Cond | None = None) -> Guided:
+        """A role of this teacher's network under classifier-free guidance as its pipeline computes it."""
+        null = self.null() if null is None else null
+        return Guided(self.denoiser(net), self.guidance if scale is None else scale, null, self.family.renorm)
+
     @property
     def guidance(self) -> float:
-        """The scale this teacher is meant for: its card's in the zoo, else its family's default."""
+        """The scale this teacher is meant for: its card's in the zoo, else its family's default; 1 where it is embedded."""
+        if self.family.embedded:
+            return 1.0
         from fewstep.zoo import guidance
 
         own = guidance(self.path.removeprefix("zoo:")) if self.path.startswith("zoo:") else None
         return self.family.default_guidance if own is None else own
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network denoises at the teacher's native resolution."""
-        side = net_config(self.net).get("sample_size")
-        if side is None:
-            vae = self.pipe.vae.config
-            side = vae.sample_size // 2 ** (len(vae.block_out_channels) - 1)
-        height, width = (side, side) if isinstance(side, int) else side
-        return net_config(self.net)["in_channels"], height, width
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W), or (C, F, H, W) for video, of what the network denoises."""
+        return self.family.latents(net_config(self.net), _vae_config(self.pipe), self.setting.size)
 
     @property
     def resolution(self) -> tuple[int, int]:
         """(height, width) in pixels of a picture."""
-        factor = getattr(self.pipe, "vae_scale_factor", 1)
-        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+        return self.setting.size[-2], self.setting.size[-1]
+
+    def call(self, scale: float) -> dict[str, Any]:
+        """Keyword arguments under which the stock pipeline draws such pictures at this scale of guidance (1 = none)."""
+        guide = self.family.guide(self.setting.guidance if self.family.embedded else scale)
+        return {**guide, **self.family.arguments(self.setting)}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 128) -> Cond:
         """Conditions of prompts, computed as the teacher's own pipeline does."""
-        return cat([self.family.encode(self.pipe, list(prompts[i : i + batch])) for i in range(0, len(prompts), batch)])
+        parts = [list(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
+        return cat([self.family.encode(self.pipe, part, self.setting) for part in parts])
 
+    @torch.no_grad()
     def null(self) -> Cond:
-        """The condition that stands for "no prompt" (leading axis 1)."""
-        return self.encode([""])
+        """The condition that stands for "no prompt" (leading axis 1), as the teacher's own pipeline makes it."""
+        return self.encode([""]) if self.family.null is None else self.family.null(self.pipe, self.setting)
 
     @torch.no_grad()
     def to_latents(self, images: np.ndarray, batch: int = 64) -> Tensor:
-        """uint8 images (n, h, w, 3) to what the network denoises: scaled posterior means, or pixels in [-1, 1]."""
-        vae = getattr(self.pipe, "vae", None)
+        """uint8 images (n, h, w, 3) to what the network denoises: scaled posterior means, or pixels in [-1, 1].
+
+        Raises ValueError for a teacher of videos."""
+        if len(self.setting.size) == 3:
+            raise ValueError(f"{type(self.pipe).__name__} makes videos, a picture is none; use data.prompts, or teacher pairs")
         parts = []
         for i in range(0, len(images), batch):
             x = torch.from_numpy(images[i : i + batch]).permute(0, 3, 1, 2).float() / 127.5 - 1
-            if vae is not None:
-                x = vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mean.float()
-                x = (x - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-            parts.append(x.cpu())
+            parts.append(self.family.encode_pixels(self.pipe, x).float().cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """float32 in [0, 1]: images (n, 3, h, w), or videos (n, frames, 3, h, w); what output_type="pt" gives."""
+        return (self.family.decode(self.pipe, latents).float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
     def to_images(self, latents: Tensor, batch: int = 64) -> np.ndarray:
-        """The inverse of `to_latents`: uint8 (n, h, w, 3), rounded as a PNG would be."""
-        vae = getattr(self.pipe, "vae", None)
+        """uint8 (n, h, w, 3), rounded as a PNG would be; of a video its middle frame."""
         parts = []
         for x in latents.split(batch):
-            if vae is not None:
-                z = x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-                x = vae.decode(z.to(vae.device, vae.dtype)).sample
-            x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            parts.append(x.permute(0, 2, 3, 1).cpu().numpy())
+            images = self.decode(x)
+            images = images if images.ndim == 4 else images[:, images.shape[1] // 2]
+            parts.append((images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(parts)
 
     def scheduler(self, sampler: str) -> Any:
@@ -113,15 +124,24 @@ class Teacher:
 
     def grid(self, steps: int, sampler: str) -> tuple[float, ...]:
         """The times t at which the deployed pipeline evaluates the network in `steps` steps: read from it, never typed."""
-        vae = getattr(self.pipe, "vae", None)
         kind = type(self.pipe) if self.family.deployed is None else getattr(diffusers, self.family.deployed)
-        words = self.family.no_words(net_config(self.net))
-        times = seen_times(kind, self.family.component, self.net, vae and vae.config, self.scheduler(sampler), steps, words)
+        vae = getattr(self.pipe, "vae", None)
+        times = seen_times(kind, self.family, self.net, vae, self.scheduler(sampler), steps, self.setting)
         return falling(self.schedule, times, steps)
 
 
-def load_teacher(path: str, device: str = "cpu") -> Teacher:
-    """The frozen teacher at zoo:NAME, a Diffusers folder, or (the only case that uses the network) a hub id."""
+def _vae_config(pipe: Any) -> dict[str, Any]:
+    vae = getattr(pipe, "vae", None)
+    return {} if vae is None else dict(vae.config)
+
+
+def load_teacher(
+    path: str, device: str = "cpu", *, size: tuple[int, ...] | None = None, guidance: float | None = None
+) -> Teacher:
+    """The frozen teacher at zoo:NAME, a Diffusers folder, or (the only case that uses the network) a hub id.
+
+    size: ([frames,] height, width) in pixels, the teacher's own by default. guidance: what is fed to a network that takes it as
+    an input; elsewhere not read. Raises ValueError for what cannot be a teacher."""
     folder = teacher_folder(path)
     if folder is not None:
         family_of(pipeline_name(folder))  # refuse before any weight is read
@@ -133,8 +153,11 @@ def load_teacher(path: str, device: str = "cpu") -> Teacher:
         remedy = "save it again with pipe.save_pretrained" if folder else "check the id and the network, or give a folder"
         raise ValueError(f"the teacher {path} cannot be loaded ({str(error).splitlines()[0]}); {remedy}") from error
     family = family_of(type(pipe).__name__)
+    if reason := family.refuse(pipe):
+        raise ValueError(f"the teacher {path} cannot be distilled: {reason}")
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    return Teacher(path, pipe.to(device), family, family.schedule(pipe.scheduler), family.target(pipe.scheduler))
+    setting = setting_of(family, net_config(getattr(pipe, family.component)), _vae_config(pipe), size, guidance)
+    return Teacher(path, pipe.to(device), family, family.schedule(pipe.scheduler), family.target(pipe.scheduler), setting)

@@ -47,7 +47,7 @@ class Study:
     @property
     def guidance(self) -> float:
         wanted = self.config.teacher.guidance
-        return self.teacher.guidance if wanted is None else wanted
+        return self.teacher.guidance if wanted is None or self.teacher.family.embedded else wanted
 
     @cached_property
     def null(self) -> Cond:
@@ -57,7 +57,7 @@ class Study:
     def guided(self, net: nn.Module) -> Guided:
         """A role (possibly wrapped) as the guided teacher."""
         device = next(self.teacher.net.parameters()).device
-        return Guided(self.teacher.denoiser(net), self.guidance, self.null.to(device))
+        return self.teacher.guided(net, self.guidance, self.null.to(device))
 
     def nets(self, modules: Mapping[str, nn.Module]) -> Nets:
         """The players as the objective sees them."""
@@ -92,7 +92,7 @@ class Study:
 
 def open_study(config: Config) -> Study:
     """Loads the teacher and makes the roles. Raises ValueError for what cannot work, before any training."""
-    teacher = load_teacher(config.teacher.path)
+    teacher = load_teacher(config.teacher.path, size=config.teacher.size, guidance=config.teacher.guidance)
     objective, family = config.objective, teacher.family
     sampler = objective.sampler or next(iter(family.samplers))
     grid = teacher.deployed_grid(objective.steps, sampler)
@@ -270,7 +270,8 @@ class Run:
         if results.exists():
             record["results"] = json.loads(results.read_text())
         # A fresh teacher: the study's network carries the adapters.
-        teacher = load_teacher(self.config.teacher.path)
+        wish = self.config.teacher
+        teacher = load_teacher(wish.path, size=wish.size, guidance=wish.guidance)
         return export(
             teacher,
             self.config.student.kind(),

@@ -34,7 +34,7 @@ def write(teacher: Teacher, facts: dict[str, Any], name: str) -> str:
 def _front(teacher: Teacher, facts: dict[str, Any]) -> ModelCardData:
     lora = facts["form"] == "lora"
     objective = (facts["record"].get("config") or {}).get("objective") or {}
-    kind = "text-to-image" if facts["text"] else "unconditional-image-generation"
+    kind = "text-to-video" if facts["video"] else "text-to-image" if facts["text"] else "unconditional-image-generation"
     tags = [kind, "diffusers", *(["lora"] if lora else []), "few-step", "distillation"]
     if "name" in objective:
         tags.append(str(objective["name"]))
@@ -68,7 +68,11 @@ def snippet(facts: dict[str, Any], name: str) -> str:
     """Lines that run this very export with stock Diffusers, from the folder above it."""
     call = ", ".join(f"{k}={v!r}" for k, v in facts["call"].items())
     prompt = '"a small red circle on a white background", ' if facts["text"] else ""
-    run = f'image = pipe({prompt}{call}, generator=torch.manual_seed(0)).images[0]\nimage.save("image.png")\n'
+    run = f"drawn = pipe({prompt}{call}, generator=torch.manual_seed(0))\n"
+    if facts["video"]:
+        run += 'from diffusers.utils import export_to_video\n\nexport_to_video(drawn.frames[0], "video.mp4")\n'
+    else:
+        run += 'drawn.images[0].save("image.png")\n'
     place = f"folder = {name!r}  # where this folder lies, or its hub id\n"
     if facts["form"] == "full":
         head = "import torch\nfrom diffusers import DiffusionPipeline\n\n"
@@ -85,10 +89,11 @@ def snippet(facts: dict[str, Any], name: str) -> str:
 
 def _hints(facts: dict[str, Any]) -> str:
     lines = ["The scheduler saved here gives the times the student was trained at; another one gives other times."]
-    if facts["text"]:
-        lines.append(
-            f"`guidance_scale={facts['call']['guidance_scale']!r}` is no guidance: the student was trained to need none."
-        )
+    scale = next((f"{k}={v!r}" for k, v in facts["call"].items() if k.endswith(("guidance_scale", "cfg_scale"))), "")
+    if facts["embedded"]:
+        lines.append(f"`{scale}` is an input of the network: the student was trained with this very value.")
+    elif scale:
+        lines.append(f"`{scale}` is no guidance: the student was trained to need none.")
     if facts["form"] == "lora":
         lines.append("The LoRA's alpha equals its rank: strength 1.0 is right in every reader.")
     lines.append("`fewstep verify` on this folder proves all of it in a fresh process.")

@@ -21,10 +21,12 @@ class _Strict(BaseModel):
 
 
 class TeacherConfig(_Strict):
-    """path: zoo:NAME, a Diffusers folder or a hub id. guidance: scale u + g (c - u), 1 is none; None: the family's default."""
+    """path: zoo:NAME, a Diffusers folder or a hub id. guidance: scale u + g (c - u), 1 is none; None: the family's default.
+    size: ([frames,] height, width) in pixels; None: the teacher's own."""
 
     path: str
     guidance: float | None = None
+    size: tuple[int, ...] | None = None
 
 
 class WeightsConfig(_Strict):

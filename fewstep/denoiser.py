@@ -133,11 +133,13 @@ def complete(x_t: Tensor, out: Tensor, coefficients: tuple[Tensor, Tensor, Tenso
 class Guided:
     """Classifier-free guidance as a wrapper: u + scale (c - u), both halves in one batch. Scale 1 is no guidance.
 
-    null: the condition (leading axis 1) that the teacher's own pipeline uses for "no prompt"."""
+    null: the condition (leading axis 1) that the teacher's own pipeline uses for "no prompt". renorm: what some pipelines make of
+    a guided output, (the network's conditional output, the guided one) -> output."""
 
     denoiser: Denoiser
     scale: float
     null: Cond
+    renorm: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -154,4 +156,8 @@ class Guided:
         if self.scale == 1:
             return self.denoiser(x_t, t, cond)
         c, u = self.both(x_t, t, cond)
-        return Prediction(torch.lerp(u.x0, c.x0, self.scale), torch.lerp(u.eps, c.eps, self.scale), c.alpha, c.sigma)
+        mixed = Prediction(torch.lerp(u.x0, c.x0, self.scale), torch.lerp(u.eps, c.eps, self.scale), c.alpha, c.sigma)
+        if self.renorm is None:
+            return mixed
+        out = self.renorm(self.denoiser.native(c, t), self.denoiser.native(mixed, t))
+        return complete(x_t, out, self.denoiser.solve(t))

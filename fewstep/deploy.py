@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -12,58 +13,70 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from fewstep.families import Family, Setting, net_config
 from fewstep.schedules import NoiseSchedule
 
 
-class _Recorder(nn.Module):
-    """Stands in for the network while the pipeline's loop runs: notes the times it is fed, answers zeros."""
+class _Stand(nn.Module):
+    """Stands in for a part of a pipeline on the CPU in float32: what it is not asked to do, the real one (weightless) answers."""
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, real: Any) -> None:
         super().__init__()
-        self.config, self.dtype, self.device = net.config, torch.float32, torch.device("cpu")
-        self.in_channels = net.config["in_channels"]
+        self.__dict__["_real"] = real
+        self.config, self.dtype, self.device = FrozenDict(real.config), torch.float32, torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+
+class _Recorder(_Stand):
+    """The network while the pipeline's loop runs: notes the times it is fed, answers zeros."""
+
+    def __init__(self, real: Any) -> None:
+        super().__init__(real)
         self.times: list[float] = []
-        self.signature = inspect.signature(net.forward)
+        self.signature = inspect.signature(real.forward)
+
+    def cache_context(self, *names: Any, **about: Any) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def forward(self, *args: Any, **kwargs: Any) -> Transformer2DModelOutput:
         values = self.signature.bind(*args, **kwargs).arguments
         time = values.get("timestep", values.get("t"))
         self.times.append(float(torch.as_tensor(time).flatten()[0]))
         x: Any = values.get("sample", values.get("hidden_states", values.get("x")))
-        out: Any = [torch.zeros_like(v) for v in x] if isinstance(x, list) else torch.zeros_like(x)
-        return Transformer2DModelOutput(sample=out)
+        if isinstance(x, list):
+            return Transformer2DModelOutput(sample=[torch.zeros_like(v) for v in x])  # type: ignore[arg-type]
+        learned = x.ndim == 4 and self.config.get("out_channels") == 2 * x.shape[1]  # a variance comes behind the mean
+        return Transformer2DModelOutput(sample=torch.zeros_like(torch.cat([x, x], 1) if learned else x))
 
 
-class _Vae(nn.Module):
-    """The configuration of an autoencoder, which is all that a pipeline's loop asks of it."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config, self.dtype, self.device = FrozenDict(config), torch.float32, torch.device("cpu")
-
-
-def seen_times(
-    pipeline: Any, component: str, net: Any, vae: Any, scheduler: Any, steps: int, words: dict[str, Any]
-) -> list[float]:
-    """The times the network is fed in `steps` steps of a pipeline class. `net` and `vae` (a config) lend their configs only, so
-    that neither needs weights; `words` are the keyword arguments in place of a prompt."""
+def seen_times(pipeline: Any, family: Family, net: Any, vae: Any, scheduler: Any, steps: int, setting: Setting) -> list[float]:
+    """The times the network is fed in `steps` steps of a pipeline class. Of `net` and `vae` no weights are read: both may lie on
+    the meta device."""
     takes = inspect.signature(pipeline.__init__).parameters
     parts: dict[str, Any] = {name: None for name, p in takes.items() if name != "self" and p.default is inspect.Parameter.empty}
     parts |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
     recorder = _Recorder(net)
-    parts |= {component: recorder, "scheduler": scheduler}
-    call: dict[str, Any] = {"num_inference_steps": steps, **words}
-    if vae:
-        parts["vae"] = _Vae(vae)
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        call |= {"height": 2 * factor, "width": 2 * factor}
-    probe = pipeline(**parts)
-    probe.set_progress_bar_config(disable=True)
-    try:
-        probe(**call)
-    except (ValueError, ArithmeticError, IndexError) as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(f"{type(scheduler).__name__} cannot make {steps} steps ({said}); choose another step count") from error
+    parts |= {family.component: recorder, "scheduler": scheduler}
+    if vae is not None:
+        parts["vae"] = _Stand(vae)
+    call = {
+        "num_inference_steps": steps,
+        "output_type": "latent",
+        **family.arguments(setting),
+        **family.no_words(net_config(net)),
+    }
+    with torch.no_grad():
+        probe = pipeline(**parts)
+        probe.set_progress_bar_config(disable=True)
+        try:
+            probe(**call)
+        except (ValueError, ArithmeticError, IndexError) as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(
+                f"{type(scheduler).__name__} cannot make {steps} steps ({said}); choose another step count"
+            ) from error
     return recorder.times
 
 

@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ def _form(teacher: Teacher, kind: Full | Lora, form: str | None, layout: str) ->
         raise ValueError(
             f"the layout {layout!r} names a LoRA's keys, a full export has none; leave the layout away or take form='lora'"
         )
+    if form == "lora" and layout not in teacher.family.layouts:
+        raise ValueError(f"no LoRA layout {layout!r} for {pipeline}; choose one of: {', '.join(teacher.family.layouts)}")
     return form
 
 
@@ -110,7 +112,9 @@ def _pristine(teacher: Teacher) -> Teacher:
     parts = [part for part in teacher.pipe.components.values() if isinstance(part, nn.Module)]
     tensors = (p for part in parts for p in part.parameters())
     changed = any(p.dtype != torch.float32 or p.device.type != "cpu" for p in tensors)
-    return load_teacher(teacher.path) if changed or any(isinstance(m, BaseTunerLayer) for m in teacher.net.modules()) else teacher
+    if not changed and not any(isinstance(m, BaseTunerLayer) for m in teacher.net.modules()):
+        return teacher
+    return replace(load_teacher(teacher.path), setting=teacher.setting)
 
 
 def _student(teacher: Teacher, kind: Full | Lora, weights: Mapping[str, Tensor]) -> Role:
@@ -166,11 +170,7 @@ def _facts(
     record: dict[str, Any],
 ) -> dict[str, Any]:
     family, text = teacher.family, _takes_text(teacher)
-    call: dict[str, Any] = {"num_inference_steps": steps}
-    if text:
-        call["guidance_scale"] = family.guidance(1.0)
-    if family.sized:
-        call["height"], call["width"] = teacher.resolution
+    call = {"num_inference_steps": steps, **teacher.call(1.0)}
     folder = teacher_folder(teacher.path)
     index = folder / "model_index.json" if folder else None
     path = teacher.path if folder is None or teacher.path.startswith("zoo:") else str(folder.resolve())
@@ -185,6 +185,8 @@ def _facts(
         "component": family.component,
         "scheduler": type(scheduler).__name__,
         "text": text,
+        "video": len(teacher.setting.size) == 3,
+        "embedded": family.embedded,  # guidance is an input of the network
         "form": form,
         "sampler": sampler,
         "steps": steps,
@@ -224,24 +226,18 @@ def _write_reference(teacher: Teacher, student: Role, sampler: str, times: dict[
     cond = teacher.encode(prompts)
     shape = (len(prompts), *teacher.latent_shape)
     stride = max(1, min(teacher.resolution) // 128)
-    tensors = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(SEED + 1))}
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED + 1))
+    tensors = {}
     for n, grid in times.items():
         generator = torch.Generator().manual_seed(SEED)
         if not text:
-            tensors["latents"] = torch.randn(shape, generator=generator)
+            noise = torch.randn(shape, generator=generator)
         rng: Any = _Draws(generator)
-        x = sample(denoiser, tensors["latents"], grid, cond, step=STEPS[sampler], rng=rng)
-        tensors[f"images_{n}"] = _decode(teacher, x)[..., ::stride, ::stride].contiguous()
+        x = sample(denoiser, noise, grid, cond, step=STEPS[sampler], rng=rng)
+        tensors[f"images_{n}"] = teacher.decode(x)[..., ::stride, ::stride].contiguous()
+    tensors["latents"] = teacher.family.pack(noise).contiguous()
     notes = {"prompts": json.dumps(prompts if text else None), "seed": str(SEED), "stride": str(stride)}
     save_file(tensors, to, metadata=notes)
-
-
-def _decode(teacher: Teacher, x: Tensor) -> Tensor:
-    """Images in [0, 1], float32: what output_type="pt" gives."""
-    vae = getattr(teacher.pipe, "vae", None)
-    if vae is not None:
-        x = vae.decode(x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample
-    return (x / 2 + 0.5).clamp(0, 1)
 
 
 def _old(to: Path) -> Path:

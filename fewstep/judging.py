@@ -88,7 +88,7 @@ def _guided(teacher: Teacher, denoiser: Guided, n: int, protocol: Protocol) -> R
 
 def _plain(path: str, n: int, protocol: Protocol) -> Row:
     teacher = load_teacher(path)
-    return _guided(teacher, Guided(teacher.denoiser(teacher.net), teacher.guidance, teacher.null()), n, protocol)
+    return _guided(teacher, teacher.guided(teacher.net), n, protocol)
 
 
 def _card(teacher: Teacher, guidance: float, said: dict[str, Any] | None) -> list[dict[str, Any]]:

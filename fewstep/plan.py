@@ -11,7 +11,7 @@ import torch
 
 from fewstep.config import Config
 from fewstep.deploy import falling, seen_times
-from fewstep.families import Family, family_of, make_scheduler
+from fewstep.families import Family, family_of, make_scheduler, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.networks import Full, Lora, build, heads_role
 
@@ -25,15 +25,15 @@ def plan(config: Config) -> dict[str, Any]:
         )
     name = pipeline_name(folder)
     family = family_of(name)
-    net, scheduler = _skeleton(folder, family)
+    net, scheduler, vae = _skeleton(folder, family)
+    wish = config.teacher
+    setting = setting_of(family, dict(net.config), dict(vae.config) if vae else {}, wish.size, wish.guidance)
     schedule = family.schedule(scheduler)
     sampler = config.objective.sampler or next(iter(family.samplers))
-    kind, words = getattr(diffusers, family.deployed or name), family.no_words(dict(net.config))
+    kind = getattr(diffusers, family.deployed or name)
     grids = {}
     for n in sorted({1, 2, 4, config.objective.steps}):
-        seen = seen_times(
-            kind, family.component, net, _config_of(folder, "vae"), make_scheduler(family, scheduler.config, sampler), n, words
-        )
+        seen = seen_times(kind, family, net, vae, make_scheduler(family, scheduler.config, sampler), n, setting)
         falling(schedule, seen, n)
         grids[str(n)] = [round(x, 3) for x in seen]
     base = sum(p.numel() for p in net.parameters())
@@ -60,15 +60,17 @@ def plan(config: Config) -> dict[str, Any]:
     }
 
 
-def _skeleton(folder: Path, family: Family) -> tuple[Any, Any]:
-    """The network without memory for its weights, and the scheduler."""
+def _skeleton(folder: Path, family: Family) -> tuple[Any, Any, Any]:
+    """The network without memory for its weights, the scheduler, and the autoencoder (None without one)."""
     kind, rules = _config_of(folder, family.component), _config_of(folder, "scheduler")
     for part, found in ((family.component, kind), ("scheduler", rules)):
         if "_class_name" not in found:
             raise ValueError(f"{_file_of(folder, part)} is missing or damaged; save the pipeline again with pipe.save_pretrained")
     with torch.device("meta"):
         net = getattr(diffusers, kind["_class_name"]).from_config(kind)
-    return net, getattr(diffusers, rules["_class_name"]).from_config(rules)
+        coder = _config_of(folder, "vae")
+        vae = getattr(diffusers, coder["_class_name"]).from_config(coder) if "_class_name" in coder else None
+    return net, getattr(diffusers, rules["_class_name"]).from_config(rules), vae
 
 
 def _file_of(folder: Path, part: str) -> Path:

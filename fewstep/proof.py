@@ -194,7 +194,7 @@ def _watched(net: Any) -> Iterator[list[float]]:
 
 
 def draw(pipe: Any, facts: dict[str, Any], reference: Reference, n: int) -> tuple[list[float], Any]:
-    """(times the network saw, pictures (B, C, H, W) in [0, 1]) of the documented call in n steps."""
+    """(times the network saw, pictures (B, C, H, W) or videos (B, F, C, H, W) in [0, 1]) of the documented call in n steps."""
     import torch
 
     latents = reference.tensors["latents"]
@@ -204,7 +204,8 @@ def draw(pipe: Any, facts: dict[str, Any], reference: Reference, n: int) -> tupl
             pictures = torch.from_numpy(pipe(**call, batch_size=len(latents), output_type="np").images).permute(0, 3, 1, 2)
         else:
             prompts = list(reference.prompts)  # a copy: ZImagePipeline writes its chat template into the caller's list
-            pictures = pipe(prompts, **call, latents=latents.clone(), output_type="pt").images
+            drawn = pipe(prompts, **call, latents=latents.clone(), output_type="pt")
+            pictures = drawn.images if "images" in drawn else drawn.frames
     return seen, pictures
 
 

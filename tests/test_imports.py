@@ -43,7 +43,7 @@ MAY_IMPORT = {
     # side doors: they know Diffusers, and nothing of objectives and the trainer
     "families": DENOISER | PARTS,
     "folders": {"zoo"},
-    "deploy": DENOISER | PARTS,
+    "deploy": DENOISER | PARTS | {"families"},
     "adapters": DENOISER | PARTS | TEACHER | {"zoo"},
     "networks": DENOISER | PARTS | TEACHER,
     "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},

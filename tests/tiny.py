@@ -1,5 +1,7 @@
 """Random pipelines of stock Diffusers classes, made offline in a fraction of a second: the smallest teachers of every family."""
 
+import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,30 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 LETTERS = sorted(ByteLevel.alphabet())
 
@@ -48,48 +66,165 @@ def tiny_vae(**config: Any) -> AutoencoderKL:
     )
 
 
-def tiny_sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
-    """Epsilon-predicting UNet on 8x8x4 latents of 64x64 pixels, CLIP text encoder over bytes, SD 1.5's scheduler."""
-    vocab = {token: i for i, token in enumerate([*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"])}
-
-    def make() -> StableDiffusionPipeline:
-        text = CLIPTextConfig(
-            vocab_size=len(vocab),
-            hidden_size=16,
+def tiny_clip(kind: Any = CLIPTextModel, width: int = 16) -> Any:
+    """A CLIP text encoder over bytes."""
+    words = tiny_clip_tokenizer()
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=width,
             intermediate_size=16,
-            num_hidden_layers=1,
+            projection_dim=width,
+            num_hidden_layers=1 if kind is CLIPTextModel else 2,
             num_attention_heads=2,
             max_position_embeddings=128,
-            bos_token_id=vocab["<|startoftext|>"],
-            eos_token_id=vocab["<|endoftext|>"],
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
         )
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=16,
-            attention_head_dim=2,
-        )
-        scheduler = DDIMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        )
+    )
+
+
+def tiny_clip_tokenizer() -> CLIPTokenizer:
+    vocab = {token: i for i, token in enumerate([*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=128)
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    letters = [(c, -3.0) for c in sorted({*string.ascii_letters, *string.digits, *".,:'"})]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=128)
+
+
+def tiny_t5(width: int = 16) -> T5EncoderModel:
+    config = T5Config(vocab_size=100, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    return T5EncoderModel(config)
+
+
+def tiny_unet(**config: Any) -> UNet2DConditionModel:
+    """Epsilon or v on 8x8x4 latents."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        **config,
+    )
+
+
+def sd_scheduler(**config: Any) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        **config,
+    )
+
+
+def tiny_sd_pipeline(seed: int = 0, **scheduler: Any) -> StableDiffusionPipeline:
+    """Epsilon-predicting UNet on 8x8x4 latents of 64x64 pixels, CLIP text encoder over bytes, SD 1.5's scheduler."""
+
+    def make() -> StableDiffusionPipeline:
+        text, unet = tiny_clip(), tiny_unet(cross_attention_dim=16)
         return StableDiffusionPipeline(
             vae=tiny_vae(),
-            text_encoder=CLIPTextModel(text),
-            tokenizer=CLIPTokenizer(vocab=vocab, merges=[], model_max_length=128),
+            text_encoder=text,
+            tokenizer=tiny_clip_tokenizer(),
             unet=unet,
-            scheduler=scheduler,
+            scheduler=sd_scheduler(**scheduler),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+
+    return _seeded(make, seed)
+
+
+def tiny_sd21_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """SD 2.1: the same under v-prediction."""
+    return tiny_sd_pipeline(seed, prediction_type="v_prediction")
+
+
+def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """Two CLIP text encoders, a pooled embedding and time ids."""
+
+    def make() -> StableDiffusionXLPipeline:
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+        return StableDiffusionXLPipeline(
+            vae=tiny_vae(),
+            text_encoder=tiny_clip(),
+            text_encoder_2=tiny_clip(CLIPTextModelWithProjection, 8),
+            tokenizer=tiny_clip_tokenizer(),
+            tokenizer_2=tiny_clip_tokenizer(),
+            unet=tiny_unet(cross_attention_dim=24, projection_class_embeddings_input_dim=32, **added),
+            scheduler=sd_scheduler(),
+            add_watermarker=False,
+        )
+
+    return _seeded(make, seed)
+
+
+def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
+    """MMDiT on 8x8x4 latents, two CLIPs and a T5, time shift 3."""
+
+    def make() -> StableDiffusion3Pipeline:
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+            pooled_projection_dim=16,
+            pos_embed_max_size=8,
+        )
+        return StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift_factor=0.06, scaling_factor=1.5),
+            text_encoder=tiny_clip(CLIPTextModelWithProjection, 8),
+            tokenizer=tiny_clip_tokenizer(),
+            text_encoder_2=tiny_clip(CLIPTextModelWithProjection, 8),
+            tokenizer_2=tiny_clip_tokenizer(),
+            text_encoder_3=tiny_t5(),
+            tokenizer_3=tiny_t5_tokenizer(),
+        )
+
+    return _seeded(make, seed)
+
+
+def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
+    """FLUX.1 dev: packed latents, embedded guidance, a time shift that depends on the size."""
+
+    def make() -> FluxPipeline:
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 2, 2),
+            guidance_embeds=True,
+        )
+        return FluxPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=tiny_vae(shift_factor=0.1, scaling_factor=0.4),
+            text_encoder=tiny_clip(),
+            tokenizer=tiny_clip_tokenizer(),
+            text_encoder_2=tiny_t5(),
+            tokenizer_2=tiny_t5_tokenizer(),
         )
 
     return _seeded(make, seed)
@@ -150,6 +285,18 @@ def tiny_ddpm_pipeline(seed: int = 0) -> DDPMPipeline:
         return DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
 
     return _seeded(make, seed)
+
+
+# name of a family -> (its smallest pipeline, the size in pixels to use it at; None: its own)
+MAKERS: dict[str, tuple[Callable[[], DiffusionPipeline], tuple[int, ...] | None]] = {
+    "sd": (tiny_sd_pipeline, None),
+    "sd21": (tiny_sd21_pipeline, None),
+    "sdxl": (tiny_sdxl_pipeline, None),
+    "sd3": (tiny_sd3_pipeline, None),
+    "flux": (tiny_flux_pipeline, (64, 48)),
+    "zimage": (tiny_zimage_pipeline, None),
+    "ddpm": (tiny_ddpm_pipeline, None),
+}
 
 
 def save(pipe: DiffusionPipeline, folder: Path) -> Path:

@@ -23,7 +23,8 @@ def fingerprint(teacher: Teacher, *more: str) -> str:
     encoders = {k: v for k, v in teacher.pipe.components.items() if k.startswith(_ENCODERS) and v is not None}
     parts = encoders | {k: teacher.pipe.components[k] for k in more}
     dtypes = {k: str(next(v.parameters()).dtype) for k, v in parts.items() if isinstance(v, nn.Module)}
-    found: dict[str, Any] = {"dtypes": dtypes}
+    setting = [*teacher.setting.size, teacher.setting.guidance]  # some conditions contain them
+    found: dict[str, Any] = {"dtypes": dtypes, "setting": setting}
     folder = _local(teacher.path)
     if folder is not None:
         configs = [folder / "model_index.json", *folder.glob("*/config.json")]

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows to learn from, on the CPU: conditions (N), latents (N, C, H, W) or None; shape (C, H, W) of one sample; where the
-    latents are the teacher's own samples, the noise (N, C, H, W) of each."""
+    """Rows to learn from, on the CPU: conditions (N), latents (N, C, *S) or None; shape (C, *S) of one sample; where the
+    latents are the teacher's own samples, the noise (N, C, *S) of each."""
 
     cond: Cond
     null: Cond
     latents: Tensor | None
     prompts: list[str]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     noise: Tensor | None = None
 
     def __len__(self) -> int:

@@ -1,0 +1,221 @@
+"""What a family is: how one Diffusers pipeline class is read, called, sized and deployed, and what most families share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Cond
+from fewstep.schedules import DiscreteVP, NoiseSchedule, RectifiedFlow
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a pipeline is told besides the prompt: size, ([frames,] height, width) in pixels, and the guidance that is fed to
+    the network where a family embeds it (else it is not read)."""
+
+    size: tuple[int, ...]
+    guidance: float = 1.0
+
+
+def net_config(net: Any) -> dict[str, Any]:
+    """The Diffusers config of a network, seen through roles and DistributedDataParallel."""
+    while not hasattr(net, "config"):
+        net = net.module if hasattr(net, "module") else net.net
+    return dict(net.config)
+
+
+def spatial_factor(vae: Config) -> int:
+    """Pixels a latent's side stands for, from the autoencoder's config; 1 without one."""
+    return 2 ** (len(vae["block_out_channels"]) - 1) if vae else 1
+
+
+def native_size(net: Config, vae: Config) -> tuple[int, ...]:
+    """(height, width) that a network says it was trained at, else its autoencoder."""
+    side = net.get("sample_size")
+    factor = spatial_factor(vae)
+    if side is None:
+        side = vae["sample_size"] // factor
+    height, width = (side, side) if isinstance(side, int) else side
+    return height * factor, width * factor
+
+
+def latent_shape(net: Config, vae: Config, size: tuple[int, ...]) -> tuple[int, ...]:
+    """(C, H, W) of what the network denoises for a picture of this size."""
+    factor = spatial_factor(vae)
+    return net["in_channels"], size[0] // factor, size[1] // factor
+
+
+def kl_encode(pipe: Any, x: Tensor) -> Tensor:
+    """Scaled and shifted posterior means (B, C, H, W) of images (B, 3, H, W) in [-1, 1]; the images where there is no VAE."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return x
+    mean = vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mean.float()
+    return (mean - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+def kl_decode(pipe: Any, x: Tensor) -> Tensor:
+    """The inverse of `kl_encode`."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return x
+    z = x / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    return vae.decode(z.to(vae.device, vae.dtype)).sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one pipeline class is read, called, sized and deployed. x is always (B, C, H, W), or (B, C, F, H, W) for video.
+
+    component: the attribute that is distilled. call: see Denoiser. encode: (pipe, prompts, setting) -> Cond; null: the same for
+    "no prompt" as the pipeline itself makes it (None: the empty prompt). schedule, target: from the pipeline's scheduler.
+    samplers: sampler name -> (scheduler class, config) for the deployed pipeline, the default one first.
+    no_words: from the network's config, keyword arguments that stand in for a prompt when only the pipeline's loop matters.
+    guide: our scale (1 = none) as keyword arguments of the pipeline's call; renorm: what the pipeline does to a guided output
+    (conditional, guided) -> guided. embedded: guidance is an input of the network, and there is no second pass.
+    size, latents: see `native_size`, `latent_shape`. pack: x -> the pipeline's own `latents`. encode_pixels, decode: images
+    (B, 3, H, W) in [-1, 1] to x, and back (video: (B, F, 3, H, W)). options: further fixed arguments of the call."""
+
+    component: str = "transformer"
+    call: Callable[[Any, Tensor, Tensor, Cond], Tensor]
+    encode: Callable[[Any, list[str], Setting], Cond]
+    null: Callable[[Any, Setting], Cond] | None = None
+    schedule: Callable[[Any], NoiseSchedule]
+    target: Callable[[Any], str]
+    samplers: dict[str, tuple[str, dict[str, Any]]]
+    lora_targets: tuple[str, ...]
+    no_words: Callable[[Config], dict[str, Any]]
+    guide: Callable[[float], dict[str, Any]] = lambda g: {"guidance_scale": g}
+    renorm: Callable[[Tensor, Tensor], Tensor] | None = None
+    embedded: bool = False
+    default_guidance: float = 7.5
+    lora_loader: bool = True
+    layouts: tuple[str, ...] = ("diffusers",)  # of LoRA files whose names are known to be right
+    deployed: str | None = None  # the pipeline class that runs students, where it is not the teacher's
+    sized: bool = True  # the pipeline's call takes height and width
+    size: Callable[[Config, Config], tuple[int, ...]] = native_size
+    latents: Callable[[Config, Config, tuple[int, ...]], tuple[int, ...]] = latent_shape
+    pack: Callable[[Tensor], Tensor] = lambda x: x
+    encode_pixels: Callable[[Any, Tensor], Tensor] = kl_encode
+    decode: Callable[[Any, Tensor], Tensor] = kl_decode
+    options: Config = field(default_factory=dict)
+    refuse: Callable[[Any], str | None] = lambda pipe: None  # why this very pipeline cannot be distilled, as a sentence
+
+    def arguments(self, setting: Setting) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call for a picture of this size, without guidance and prompt."""
+        names = ("num_frames", "height", "width")[-len(setting.size) :]
+        return {**(dict(zip(names, setting.size, strict=True)) if self.sized else {}), **self.options}
+
+
+def setting_of(family: Family, net: Config, vae: Config, size: tuple[int, ...] | None, guidance: float | None) -> Setting:
+    """What a pipeline of these configs is told, its own where nothing is wished. Raises ValueError for a size it cannot make."""
+    native = family.size(net, vae)
+    if size is not None and len(size) != len(native):
+        wanted = "[frames, height, width]" if len(native) == 3 else "[height, width]"
+        raise ValueError(f"teacher.size is {wanted} for this teacher (its own: {list(native)}), not {list(size)}")
+    setting = Setting(size or native, family.default_guidance if guidance is None else guidance)
+    if min(family.latents(net, vae, setting.size)) < 1:
+        raise ValueError(f"teacher.size {list(setting.size)} is too small for this teacher; its own is {list(native)}")
+    return setting
+
+
+# Schedules and targets
+
+
+def vp(scheduler: Any) -> DiscreteVP:
+    """The table of a DDPM-like scheduler."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise ValueError(
+            f"{type(scheduler).__name__} has no table of noise levels; save the teacher with its DDIM or DDPM scheduler"
+        )
+    return DiscreteVP(tuple(torch.as_tensor(table, dtype=torch.float64).tolist()))
+
+
+def vp_target(scheduler: Any) -> str:
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"prediction_type {kind!r} is not known; epsilon, v_prediction and sample are")
+    return kind
+
+
+def flow(clean_time: float, noise_time: float) -> Callable[[Any], RectifiedFlow]:
+    """The straight path under a clock that shows `clean_time` at data and `noise_time` at noise."""
+    return lambda scheduler: RectifiedFlow(clean_time, noise_time)
+
+
+def flow_target(scheduler: Any) -> str:
+    return "flow"
+
+
+# set_alpha_to_one: the last step ends at exactly clean. rescale/thresholding off: a student is what it was trained to be.
+VP_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "renoise": (
+        "LCMScheduler",
+        {"original_inference_steps": 100, "steps_offset": 1, "clip_sample": False, "thresholding": False},
+    ),
+    "ddim": (
+        "DDIMScheduler",
+        {
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+            "steps_offset": 1,
+            "thresholding": False,
+        },
+    ),
+}
+# For pipelines that hand their scheduler linspace(1, 1/n, n).
+FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {"ddim": ("FlowMatchEulerDiscreteScheduler", {})}
+# For those that ask it for n steps: FlowMatchEuler would waste the last one at the smallest time of training.
+PLAIN_FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {"ddim": ("FlowMapEulerDiscreteScheduler", {})}
+
+
+def make_scheduler(family: Family, config: Any, sampler: str) -> Any:
+    """The stock scheduler of a sampler, from the config of the teacher's own. Raises ValueError if the family has none."""
+    if sampler not in family.samplers:
+        raise ValueError(
+            f"no stock scheduler of this family computes the sampler {sampler!r}; it has: {', '.join(family.samplers)}"
+        )
+    name, fixed = family.samplers[sampler]
+    kind = getattr(diffusers, name)
+    takes = inspect.signature(kind.__init__).parameters
+    if "shift" in takes and config.get("flow_shift") is not None:  # solvers and Euler schedulers call it by two names
+        fixed = {"shift": config["flow_shift"], **fixed}
+    if name == "FlowMapEulerDiscreteScheduler":
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "this teacher's time shift depends on the picture's size, which no stock scheduler computes in few steps for its "
+                "pipeline; save the teacher with use_dynamic_shifting=False and the shift of the size you want"
+            )
+        config = {k: v for k, v in config.items() if k in takes}
+    return kind.from_config(config, **fixed)
+
+
+# Packed latents: FLUX and its relatives see 2x2 blocks of pixels as one token.
+
+
+def pack(x: Tensor) -> Tensor:
+    """(B, C, H, W) to tokens (B, H/2 W/2, 4C)."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(tokens: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `pack`, for an x of the shape of `like`."""
+    b, c, h, w = like.shape
+    return tokens.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def masked(embeds: Tensor, mask: Tensor) -> Cond:
+    """Embeddings with the mask of their tokens, which the network reads and which therefore travels to its device."""
+    return Cond({"prompt": embeds, "mask": mask.float()})

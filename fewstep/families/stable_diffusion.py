@@ -1,0 +1,108 @@
+"""Stable Diffusion 1, 2 (epsilon or v), XL and 3."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Cond
+from fewstep.families.base import PLAIN_FLOW_SAMPLERS, VP_SAMPLERS, Family, Setting, flow, flow_target, vp, vp_target
+
+# The layers of DMD2's LoRA.
+_UNET_LORA: tuple[str, ...] = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+_MMDIT_LORA: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_MMDIT_LORA += ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+
+def _sd_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    return net(x, time, encoder_hidden_states=cond.tensors["prompt"], return_dict=False)[0]
+
+
+def _sd_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
+    embeds, _ = pipe.encode_prompt(prompts, pipe.device, 1, do_classifier_free_guidance=False)
+    return Cond({"prompt": embeds})
+
+
+SD = Family(
+    component="unet",
+    call=_sd_call,
+    encode=_sd_encode,
+    schedule=vp,
+    target=vp_target,
+    samplers=VP_SAMPLERS,
+    lora_targets=_UNET_LORA,
+    no_words=lambda c: {"prompt_embeds": torch.zeros(1, 2, c["cross_attention_dim"]), "guidance_scale": 1.0},
+    default_guidance=7.5,
+    layouts=("diffusers", "kohya"),
+)
+
+
+def _xl_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    added = {"text_embeds": cond.tensors["pooled"], "time_ids": cond.tensors["size"]}
+    return net(x, time, encoder_hidden_states=cond.tensors["prompt"], added_cond_kwargs=added, return_dict=False)[0]
+
+
+def _xl_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
+    """Both text encoders, and the "time ids": original size, no crop, target size."""
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=pipe.device, do_classifier_free_guidance=False)
+    ids = torch.tensor([[*setting.size, 0, 0, *setting.size]], dtype=embeds.dtype, device=embeds.device)
+    return Cond({"prompt": embeds, "pooled": pooled, "size": ids.repeat(len(prompts), 1)})
+
+
+def _xl_null(pipe: Any, setting: Setting) -> Cond:
+    empty = _xl_encode(pipe, [""], setting)
+    zeroed = ("prompt", "pooled") if pipe.config.force_zeros_for_empty_prompt else ()
+    return Cond({k: torch.zeros_like(v) if k in zeroed else v for k, v in empty.tensors.items()})
+
+
+def _xl_no_words(config: Any) -> dict[str, Any]:
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    words = {"prompt_embeds": torch.zeros(1, 2, config["cross_attention_dim"]), "pooled_prompt_embeds": torch.zeros(1, pooled)}
+    return {**words, "guidance_scale": 1.0}
+
+
+SDXL = replace(SD, call=_xl_call, encode=_xl_encode, null=_xl_null, no_words=_xl_no_words, default_guidance=5.0)
+
+
+def _sd3_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    words, pooled = cond.tensors["prompt"], cond.tensors["pooled"]
+    return net(hidden_states=x, timestep=time, encoder_hidden_states=words, pooled_projections=pooled, return_dict=False)[0]
+
+
+def _sd3_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=pipe.device, do_classifier_free_guidance=False)
+    return Cond({"prompt": embeds, "pooled": pooled})
+
+
+SD3 = Family(
+    call=_sd3_call,
+    encode=_sd3_encode,
+    schedule=flow(0.0, 1000.0),
+    target=flow_target,
+    samplers=PLAIN_FLOW_SAMPLERS,
+    lora_targets=_MMDIT_LORA,
+    no_words=lambda c: {
+        "prompt_embeds": torch.zeros(1, 2, c["joint_attention_dim"]),
+        "pooled_prompt_embeds": torch.zeros(1, c["pooled_projection_dim"]),
+        "guidance_scale": 1.0,
+    },
+    default_guidance=7.0,
+)

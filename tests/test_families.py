@@ -1,0 +1,86 @@
+"""Every family's student, exported, is drawn by its stock pipeline as by fewstep; what a family cannot do is refused."""
+
+import pytest
+import torch
+from test_adapters import Made, ours, stock
+from test_export import LORA, RECORD, student
+from tiny import MAKERS, save
+
+from fewstep import proof
+from fewstep.adapters import load_teacher
+from fewstep.export import export
+from fewstep.families import FAMILIES, family_of
+
+NEW = [name for name in MAKERS if name not in ("sd", "zimage", "ddpm")]  # tests/test_verify.py has those, in more ways
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teachers")
+    return Made(lambda name: load_teacher(str(save(MAKERS[name][0](), root / name)), size=MAKERS[name][1]))
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_an_exported_student_is_what_was_trained(teachers, name, tmp_path):
+    teacher = teachers[name]
+    sampler = next(iter(teacher.family.samplers))
+    to = export(teacher, LORA, student(teacher, LORA), sampler=sampler, steps=4, to=tmp_path / "out", record=RECORD)
+    checks = {c["name"]: c for c in proof.prove(to, teacher.path, tmp_path)}
+    assert not [c for c in checks.values() if not c["ok"]]
+    wanted = {f"{what} at {n}" for what in ("times", "pixels") for n in (1, 2, 4)} | {"same seed, same picture"}
+    if teacher.family.lora_loader:
+        wanted |= {"LoRA on every layer at scale 1", "same picture without the LoRA's metadata"}
+    assert checks.keys() >= wanted
+
+
+def test_embedded_guidance_is_fed_and_not_mixed(teachers):
+    weak = teachers["flux"]
+    strong = load_teacher(weak.path, size=MAKERS["flux"][1], guidance=9.0)
+    assert (weak.setting.guidance, strong.setting.guidance) == (3.5, 9.0) and strong.guidance == 1.0
+    assert strong.call(1.0)["guidance_scale"] == 9.0
+    noise = torch.randn(2, *weak.latent_shape)
+    ends = []
+    for teacher in (weak, strong):
+        theirs, _ = stock(teacher, noise, 2)
+        found, _ = ours(teacher, noise, teacher.grid(2, "ddim"), guidance=teacher.guidance)
+        torch.testing.assert_close(teacher.family.pack(found[-1]), theirs[-1], rtol=1e-5, atol=1e-5)
+        ends.append(found[-1])
+    assert float((ends[0] - ends[1]).abs().max()) > 1e-4
+
+
+def test_a_shift_that_depends_on_the_size_is_that_of_the_teachers_size(teachers):
+    small = teachers["flux"]
+    large = load_teacher(small.path, size=(1024, 1024))
+    assert small.grid(4, "ddim")[1] < large.grid(4, "ddim")[1]  # more tokens, more noise
+    assert large.latent_shape == (4, 128, 128)
+
+
+def test_the_null_of_sdxl_is_zeros_where_its_pipeline_says_so(teachers):
+    teacher = teachers["sdxl"]
+    null, empty = teacher.null().tensors, teacher.encode([""]).tensors
+    assert not null["prompt"].any() and not null["pooled"].any() and empty["prompt"].any()
+    assert null["size"].tolist() == [[64, 64, 0, 0, 64, 64]] == empty["size"].tolist()
+
+
+def test_the_refiner_is_refused_by_name():
+    with pytest.raises(ValueError, match="is the SDXL refiner .* distil the base model, StableDiffusionXLPipeline"):
+        family_of("StableDiffusionXLImg2ImgPipeline")
+
+
+def test_an_unknown_family_is_told_how_to_become_known():
+    with pytest.raises(ValueError, match=r"KandinskyPipeline is not a family .*in fewstep/families/ and .*CONTRIBUTING.md"):
+        family_of("KandinskyPipeline")
+
+
+def test_a_size_of_the_wrong_kind_is_refused(teachers):
+    with pytest.raises(ValueError, match=r"teacher.size is \[height, width\] for this teacher"):
+        load_teacher(teachers["sdxl"].path, size=(9, 64, 64))
+    with pytest.raises(ValueError, match="too small for this teacher"):
+        load_teacher(teachers["sdxl"].path, size=(4, 64))
+
+
+def test_every_family_of_the_table_has_a_tiny_teacher():
+    made = {type(teacher()).__name__ for teacher, _ in MAKERS.values()}
+    assert {
+        family for family in FAMILIES if family != "DDIMPipeline"
+    } == made  # DDIM's differs from DDPM's in its scheduler alone
