@@ -31,6 +31,11 @@ class Cond:
         """A single condition (leading axis 1) for n samples, without copying."""
         return Cond({k: v.expand(n, *v.shape[1:]) for k, v in self.tensors.items()})
 
+    def where(self, keep: Tensor, other: Cond) -> Cond:
+        """Row i where keep[i] (B,) is true, row i of `other` elsewhere."""
+        mine = {k: keep.to(v.device).reshape(-1, *([1] * (v.ndim - 1))) for k, v in self.tensors.items()}
+        return Cond({k: torch.where(mine[k], v, other.tensors[k]) for k, v in self.tensors.items()})
+
 
 def cat(conds: Sequence[Cond]) -> Cond:
     """Conditions one after the other along the batch axis."""
@@ -131,7 +136,8 @@ def complete(x_t: Tensor, out: Tensor, coefficients: tuple[Tensor, Tensor, Tenso
 
 @dataclass(frozen=True)
 class Guided:
-    """Classifier-free guidance as a wrapper: u + scale (c - u), both halves in one batch. Scale 1 is no guidance.
+    """Classifier-free guidance as a wrapper: u + scale (c - u), both halves in one batch. Scale 1 is no guidance, scale 0 no
+    prompt; either is one half alone.
 
     null: the condition (leading axis 1) that the teacher's own pipeline uses for "no prompt". renorm: what some pipelines make of
     a guided output, (the network's conditional output, the guided one) -> output."""
@@ -155,6 +161,8 @@ class Guided:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         if self.scale == 1:
             return self.denoiser(x_t, t, cond)
+        if self.scale == 0:
+            return self.denoiser(x_t, t, self.null.expand(len(x_t)))
         c, u = self.both(x_t, t, cond)
         mixed = Prediction(torch.lerp(u.x0, c.x0, self.scale), torch.lerp(u.eps, c.eps, self.scale), c.alpha, c.sigma)
         if self.renorm is None:

@@ -35,10 +35,14 @@ def push(x: Tensor, direction: Tensor) -> Tensor:
     return 0.5 * flat_mean(direction.square()) + pull - pull.detach()
 
 
+def distance(x: Tensor, real: Tensor, floor: float = 1e-4) -> Tensor:
+    """Mean absolute distance (B,) of x to the teacher's x0, at least `floor`, without a graph (DMD, eq. 8; SiD's code)."""
+    return flat_mean((_wide(x) - _wide(real)).abs()).clamp_min(floor).detach()
+
+
 def normalised(direction: Tensor, x: Tensor, real: Tensor, floor: float = 1e-4) -> Tensor:
-    """direction over the mean absolute distance of x to the teacher's x0, a number a sample (DMD, eq. 8). All detached."""
-    scale = flat_mean((_wide(x) - _wide(real)).abs()).clamp_min(floor).detach()
-    return direction / scale.reshape(-1, *([1] * (x.ndim - 1)))
+    """direction over the distance of x to the teacher's x0, a number a sample (DMD, eq. 8). All detached."""
+    return direction / distance(x, real, floor).reshape(-1, *([1] * (x.ndim - 1)))
 
 
 def unit(direction: Tensor, floor: float) -> Tensor:

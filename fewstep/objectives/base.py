@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser, Guided, Prediction
 from fewstep.heads import Heads
+from fewstep.losses import mse
 from fewstep.sampling import Step, rollout
 from fewstep.stream import Stream
+from fewstep.times import Uniform
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,16 @@ def simulate(nets: Nets, batch: Batch, rng: Stream) -> Prediction:
         for visit in islice(_walk(nets, x, batch, rng), k):
             x = visit.x_s
     return nets.student(x, full(nets.grid[k], len(x)), batch.cond)
+
+
+def denoise(critic: Denoiser, batch: Batch, x: Tensor, low: float, rng: Stream, *, by: Denoiser | Guided | None = None) -> Losses:
+    """The loss that makes a critic know the law of x (B, C, *S): its native target at uniform times in (low, 1].
+
+    by: who predicts, where that is not the critic alone but a guided combination of its two predictions."""
+    t = Uniform(low, 1.0).sample(len(x), rng)
+    eps = rng.normal_like(x)
+    prediction = (by or critic)(critic.schedule.add_noise(x, eps, t), t, batch.cond)
+    return Losses({"denoise": mse(critic.native(prediction, t), critic.aim(x, eps, t))}, sample=x)
 
 
 def _walk(nets: Nets, noise: Tensor, batch: Batch, rng: Stream) -> Iterator:

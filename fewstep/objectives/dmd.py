@@ -7,8 +7,8 @@ from typing import final
 
 import torch
 
-from fewstep.losses import flat_mean, mse, normalised, push
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register, simulate
+from fewstep.losses import flat_mean, normalised, push
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, denoise, register, simulate
 from fewstep.stream import Stream
 from fewstep.times import Uniform
 
@@ -58,7 +58,4 @@ class DMD(Objective):
         assert nets.critic is not None
         with torch.no_grad():
             x = simulate(nets, batch, rng).x0
-        t = Uniform(self.critic_low, 1.0).sample(len(x), rng)
-        eps = rng.normal_like(x)
-        prediction = nets.critic(nets.critic.schedule.add_noise(x, eps, t), t, batch.cond)
-        return Losses({"denoise": mse(nets.critic.native(prediction, t), nets.critic.aim(x, eps, t))}, sample=x)
+        return denoise(nets.critic, batch, x, self.critic_low, rng)
