@@ -16,10 +16,10 @@ from fewstep.stream import stream
 
 # Where student, critic and teacher know the same law, these have nothing to learn. (Discrete consistency has its fixed point at
 # the composed steps of its teacher's solver: test_consistency.py.)
-AT_REST = {"dmd"}
+AT_REST = {"dmd", "sid", "sim"}
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
-ROUNDS = {"dmd": 400, "consistency": 600, "scm": 300}
+ROUNDS = {"dmd": 400, "consistency": 600, "scm": 300, "sid": 250, "sim": 250}
 
 
 # What the registry holds, and each of it judged by heads on either backbone.
@@ -113,7 +113,8 @@ def test_equal_players_are_at_rest(name):
 
 @every
 def test_it_improves_a_world_of_six_modes(name):
-    """One step, where the teacher draws its mean only; over two seeds dmd came 3.7 times nearer, consistency 3.0, at least."""
+    """One step, where the teacher draws its mean only; over two seeds dmd came 3.7 times nearer, consistency 3.0, at least; over
+    three, sid 3.3 and sim 3.4."""
     objective = made(name, steps=1)
     world = ring(objective)
     goal = world.many_steps()

@@ -1,0 +1,421 @@
+"""Score identity distillation and its relatives against closed forms (distribution_matching.md, O4)."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from tiny import tiny_sd_pipeline, tiny_zimage_pipeline
+from torch import nn
+from toys import (
+    NOTHING,
+    SCHEDULES,
+    Counted,
+    Gaussian,
+    Linear,
+    OneLevel,
+    Quadrature,
+    denoiser,
+    endpoint,
+    game,
+    gaussian,
+    times,
+)
+
+from fewstep.denoiser import Cond, Denoiser, Guided, Prediction
+from fewstep.families import FAMILIES
+from fewstep.networks import Lora, build
+from fewstep.objectives import Batch
+from fewstep.objectives.sid import SiD
+from fewstep.objectives.sim import SIM
+from fewstep.sampling import uniform_grid
+from fewstep.stream import stream
+
+TARGETS = ["epsilon", "v_prediction", "flow", "sample"]
+ALPHAS = [0.0, 0.5, 1.0, 1.2]
+
+# (alpha, sigma, teacher's mean and std, student's mean and std), and d/dmean, d/dstd by SiD's alpha (section 1's anchors)
+ROWS = {
+    "vp": (
+        (0.8, 0.6, 0.3, 1.0, -0.2, 0.7),
+        {0.5: (-0.064800, -0.109220), 1.0: (-0.096200, -0.130521), 1.2: (-0.108759, -0.139041)},
+        0.064428,
+    ),
+    "flow": (
+        (0.4, 0.6, 0.3, 1.0, -0.2, 1.3),
+        {0.5: (-0.239645, 0.199126), 1.0: (-0.197677, 0.180016), 1.2: (-0.180889, 0.172372)},
+        0.177739,
+    ),
+}
+rows = pytest.mark.parametrize("row", ROWS)
+
+
+def sid(alpha=1.0, **options):
+    """SiD whose normaliser is a constant: at its floor."""
+    return SiD(steps=1, alpha=alpha, floor=1e6, **options)
+
+
+def formula(alpha, a, sig, mu, s, m, r):
+    """O4."""
+    v_s, v_r = a**2 * s**2 + sig**2, a**2 * r**2 + sig**2
+    b = a**2 * sig**2 * (s**2 - r**2) / (v_s * v_r)
+    dm = (m - mu) * (sig**2 / v_s) * (sig**2 / v_r - 2 * (1 - alpha) * b)
+    return dm, 2 * r * b * ((1 - alpha) * b - sig**2 / v_r)
+
+
+def of_dmd(a, sig, mu, s, m, r):
+    """O1."""
+    v_s, v_r = a**2 * s**2 + sig**2, a**2 * r**2 + sig**2
+    return (m - mu) * sig**2 / v_s, a**2 * sig**2 * r * (r**2 - s**2) / (v_r * v_s)
+
+
+def square(a, sig, mu, s, m, r):
+    """E[delta^2] at the critic's optimum."""
+    v_s, v_r = a**2 * s**2 + sig**2, a**2 * r**2 + sig**2
+    return ((m - mu) * sig**2 / v_s) ** 2 + (a * sig**2 * (s**2 - r**2) / (v_s * v_r)) ** 2 * v_r
+
+
+@dataclass(frozen=True)
+class Detached:
+    """A denoiser through whose input no gradient passes: the mistake that T7 is about."""
+
+    inner: Denoiser
+
+    def __call__(self, x_t, t, cond) -> Prediction:
+        return self.inner(x_t.detach(), t, cond)
+
+
+def players(a, sig, mu, s, m, r, target):
+    level = OneLevel(a, sig)
+    student = denoiser(Linear(m, r), level, target)
+    return student, gaussian([mu], [s**2], level, target), gaussian([m], [r**2], level, target)
+
+
+def terms(objective, student, teacher, critic, nodes=6):
+    """(the term (B,) at the nodes, the rule that averages it)."""
+    rng = Quadrature(2, nodes)
+    losses = objective.student_loss(game(student, teacher, critic), Batch(NOTHING, (len(rng), 1)), rng)
+    (term,) = losses.terms.values()
+    return term * getattr(objective, "floor", 1.0), rng
+
+
+def gradient(objective, student, teacher, critic, nodes=6):
+    term, rng = terms(objective, student, teacher, critic, nodes)
+    clean = student.net.clean
+    return [g.item() for g in torch.autograd.grad(rng.mean(term), [clean.mean, clean.std])]
+
+
+@rows
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_gradient_is_the_closed_form(row, alpha, target):
+    """O4, T6."""
+    values, anchors, _ = ROWS[row]
+    found = gradient(sid(alpha), *players(*values, target))
+    assert found == pytest.approx(formula(alpha, *values), rel=1e-9)
+    if alpha in anchors:
+        assert found == pytest.approx(anchors[alpha], abs=1e-6)
+
+
+@rows
+def test_half_is_half_the_gradient_of_the_square_whose_critic_follows(row):
+    """T6: the theorem that alpha = 1/2 rests on."""
+    values, _, anchor = ROWS[row]
+    *fixed, m, r = values
+    m, r = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (m, r))
+    value = square(*fixed, m, r)
+    assert value.item() == pytest.approx(anchor, abs=1e-6)
+    true = [g.item() / 2 for g in torch.autograd.grad(value, [m, r])]
+    assert gradient(sid(0.5), *players(*values, "epsilon")) == pytest.approx(true, rel=1e-9)
+
+
+@rows
+def test_the_loss_is_affine_in_alpha_and_below_zero_beyond_one(row):
+    """T5: a sample loses alpha delta^2; the mean is (1 - alpha) E[delta^2]."""
+    values, _, _ = ROWS[row]
+    (start, rng), *others = (terms(sid(alpha), *players(*values, "epsilon")) for alpha in ALPHAS)
+    unit = terms(sid(1.0), *players(*values, "epsilon"))[0]
+    for alpha, (term, _) in zip(ALPHAS[1:], others, strict=True):
+        torch.testing.assert_close(term, start + alpha * (unit - start), rtol=1e-9, atol=1e-12)
+        assert rng.mean(term).item() == pytest.approx((1 - alpha) * square(*values), abs=1e-9)
+
+
+@rows
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_detached_input_would_make_it_dmd(row, alpha):
+    """T7: cut x_t off inside both networks, and any alpha gives O1. This implementation does not."""
+    values, _, _ = ROWS[row]
+    student, teacher, critic = players(*values, "epsilon")
+    dmd = of_dmd(*values)
+    assert gradient(sid(alpha), student, Detached(teacher), Detached(critic)) == pytest.approx(dmd, rel=1e-9)
+    found = gradient(sid(alpha), student, teacher, critic)
+    assert all(abs(mine - theirs) > 0.005 for mine, theirs in zip(found, dmd, strict=True))
+
+
+@pytest.mark.parametrize("objective", [*(sid(alpha) for alpha in ALPHAS), SIM(steps=1)])
+def test_the_gradient_vanishes_where_the_student_is_the_teacher(objective):
+    """T3."""
+    assert gradient(objective, *players(0.8, 0.6, 0.3, 1.0, 0.3, 1.0, "epsilon")) == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_the_normaliser_is_the_distance_to_the_teachers_x0_and_has_no_gradient():
+    values = ROWS["vp"][0]
+    student, teacher, critic = players(*values, "epsilon")
+    bare, rng = terms(sid(1.0), student, teacher, critic)
+    normed, _ = terms(replace(sid(1.0), floor=1e-5), student, teacher, critic)
+    x = -0.2 + 0.7 * rng.nodes[:, 0]
+    x_t = 0.8 * x + 0.6 * rng.nodes[:, 1]
+    far = (x - (0.3 + 0.8 * (x_t - 0.24))).abs()
+    torch.testing.assert_close(normed / 1e-5 * far, bare, rtol=1e-9, atol=1e-12)
+    clean = student.net.clean
+    mine, wanted = (torch.autograd.grad(v, [clean.mean, clean.std]) for v in ((normed / 1e-5).sum(), (bare / far).sum()))
+    torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-12)
+
+
+# SIM
+
+
+def test_a_wide_huber_is_sid_with_alpha_one():
+    """T5."""
+    values = ROWS["vp"][0]
+    flat, _ = terms(SIM(steps=1, huber=1e4), *players(*values, "epsilon"))
+    wanted, _ = terms(sid(1.0), *players(*values, "epsilon"))
+    torch.testing.assert_close(flat * 1e4, wanted, rtol=1e-6, atol=1e-9)
+
+
+@rows
+@pytest.mark.parametrize("huber", [0.03, 0.5])
+def test_sim_lowers_the_pseudo_huber_distance_of_the_two_scores(row, huber):
+    """Its gradient is that of E[sqrt(delta^2 + c^2)] over x_t ~ sg(student), where the critic follows the student."""
+    (a, sig, mu, s, m, r), _, _ = ROWS[row]
+    z, w = Quadrature(1, 150).nodes[:, 0], Quadrature(1, 150).weights
+    x_t = a * m + (a**2 * r**2 + sig**2) ** 0.5 * z
+    mean, std = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (m, r))
+    fake = mean + a * std**2 / (a**2 * std**2 + sig**2) * (x_t - a * mean)
+    real = mu + a * s**2 / (a**2 * s**2 + sig**2) * (x_t - a * mu)
+    true = torch.autograd.grad((w * ((fake - real) ** 2 + huber**2).sqrt()).sum(), [mean, std])
+    found = gradient(SIM(steps=1, huber=huber), *players(a, sig, mu, s, m, r, "epsilon"), nodes=150)
+    assert found == pytest.approx([g.item() for g in true], rel=2e-2 if huber < 0.1 else 1e-6)
+
+
+def test_sims_distance_needs_its_corner_rounded():
+    with pytest.raises(ValueError, match="huber must be positive"):
+        SIM(huber=0.0)
+
+
+# Long and short guidance
+
+
+def law(mean, var):
+    return Cond({"mean": times(mean)[None], "var": times(var)[None]})
+
+
+PROMPT, NULL = law(0.3, 1.0), law(-0.5, 1.2)
+
+
+class Shifted(nn.Module):
+    """A critic that knows another law than the teacher under each condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Gaussian([9.0], [9.0])
+
+    def forward(self, x, t, alpha, sigma, cond):
+        return self.inner(x, t, alpha, sigma, {"mean": cond["mean"] - 0.5, "var": cond["var"] * 0.49})
+
+
+class Listener(Counted):
+    """A family's call that keeps the conditions' means, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.means = []
+
+    def __call__(self, net, x, time, cond):
+        self.means.append(cond.tensors["mean"])
+        return super().__call__(net, x, time, cond)
+
+
+def guided_game(teacher_scale=3.0):
+    """(nets, what the teacher heard, what the critic heard)."""
+    level, to_teacher, to_critic = OneLevel(0.8, 0.6), Listener(), Listener()
+    teacher = denoiser(Gaussian([9.0], [9.0]), level, "epsilon", to_teacher)
+    critic = denoiser(Shifted(), level, "epsilon", to_critic)
+    student = denoiser(Linear(-0.2, 0.7), level, "epsilon")
+    return game(student, Guided(teacher, teacher_scale, NULL), critic), to_teacher, to_critic
+
+
+def x0(x_t, kappa, shift=0.0, factor=1.0):
+    """The guided prediction of either network at (0.8, 0.6)."""
+    c, u = (
+        p["mean"] + shift + 0.8 * p["var"] * factor / (0.64 * p["var"] * factor + 0.36) * (x_t - 0.8 * (p["mean"] + shift))
+        for p in (PROMPT.tensors, NULL.tensors)
+    )
+    return u + kappa * (c - u)
+
+
+# kappa1..4 as configured, and the scale that the teacher, whose config says 3, is then asked with
+KAPPAS = {
+    "teacher alone": ((1.0, 1.0, 1.0, None), 3.0),
+    "long and short": ((1.5, 1.5, 1.5, 1.5), 1.5),
+    "all different": ((1.1, 1.5, 2.0, 4.0), 4.0),
+    "zero-cfg": ((0.0, 0.0, 0.0, 1.0), 1.0),
+    "anti-cfg": ((-0.5, -0.5, -0.5, 1.0), 1.0),
+}
+guidance = pytest.mark.parametrize("kappas, scale", KAPPAS.values(), ids=list(KAPPAS))
+
+
+def lsg(kappas, **options):
+    return sid(**{f"kappa{i + 1}": kappa for i, kappa in enumerate(kappas)}, **options)
+
+
+@guidance
+@pytest.mark.parametrize("alpha", [1.0, 1.2])
+def test_each_kappa_guides_what_it_is_said_to(kappas, scale, alpha):
+    nets, to_teacher, to_critic = guided_game()
+    rng = Quadrature(2)
+    batch = Batch(PROMPT.expand(len(rng)), (len(rng), 1))
+    found = lsg(kappas, alpha=alpha).student_loss(nets, batch, rng).terms["sid"] * 1e6
+    x = -0.2 + 0.7 * rng.nodes[:, :1]
+    x_t = 0.8 * x + 0.6 * rng.nodes[:, 1:]
+    short, long = (x0(x_t, kappa, -0.5, 0.49) for kappa in kappas[1:3])
+    delta = x0(x_t, scale) - short
+    torch.testing.assert_close(found, (delta * ((1 - alpha) * delta + long - x))[:, 0], rtol=1e-9, atol=1e-12)
+    # One call of each network, twice as large only where two predictions are combined.
+    assert [len(v) for v in to_teacher.inputs] == [len(rng) * (1 + (scale != 1))]
+    assert [len(v) for v in to_critic.inputs] == [len(rng) * (1 + (kappas[1:3] not in [(0, 0), (1, 1)]))]
+    assert to_teacher.with_graph == to_critic.with_graph == [True]
+
+
+@guidance
+def test_the_critic_is_trained_as_guided_by_kappa_one(kappas, scale):
+    nets, to_teacher, _ = guided_game()
+    rng = Quadrature(2)
+    batch = Batch(PROMPT.expand(len(rng)), (len(rng), 1))
+    found = lsg(kappas, dropout=0.0).critic_loss(nets, batch, rng).terms["denoise"]
+    x_t = 0.8 * (-0.2 + 0.7 * rng.nodes[:, :1]) + 0.6 * rng.nodes[:, 1:]
+    eps = (x_t - 0.8 * x0(x_t, kappas[0], -0.5, 0.49)) / 0.6
+    torch.testing.assert_close(found, (eps - rng.nodes[:, 1:]).square()[:, 0], rtol=1e-9, atol=1e-12)
+    assert to_teacher.inputs == []
+
+
+def test_a_guided_critic_also_learns_without_prompts():
+    """Its null branch is trained by the share of prompts that are left out; an unguided one needs none."""
+    batch = Batch(PROMPT.expand(4000), (4000, 1))
+    for kappas, share in [((1, 1, 1, 3), 0), ((1, 1.5, 1.5, 1.5), 0.1), ((1.5, 1.5, 1.5, 1.5), 0.1)]:
+        nets, _, to_critic = guided_game()
+        lsg(kappas).critic_loss(nets, batch, stream(0, 0, 0, 0))
+        prompts = to_critic.means[0][:4000, 0]
+        assert set(prompts.tolist()) <= {0.3, -0.5}
+        assert (prompts == -0.5).double().mean().item() == pytest.approx(share, abs=0.02 if share else 0)
+        assert (to_critic.means[0][4000:] == -0.5).all()
+
+
+# Turns, steps, cost
+
+
+def recorded(steps):
+    seen, heard, judged, schedule = Counted(), Counted(), Counted(), SCHEDULES["sd"]
+    student = denoiser(Gaussian([0.1, 0.2], [0.5, 0.7]), schedule, "epsilon", seen)
+    teacher = denoiser(Gaussian([0.5, 0.0], [1.0, 1.0]), schedule, "epsilon", heard)
+    critic = denoiser(Gaussian([0.2, 0.2], [0.6, 0.8]), schedule, "epsilon", judged)
+    return game(student, teacher, critic, grid=uniform_grid(steps)), seen, heard, judged
+
+
+METHODS = pytest.mark.parametrize("kind", [SiD, SIM])
+PAIR = Batch(NOTHING, (6, 2))
+
+
+@METHODS
+def test_every_steps_output_is_trained_on_and_known_to_the_critic(kind):
+    """Few-step SiD: one step a turn, the same for all samples, none preferred, only its own pass with a graph."""
+    counts = {"student": [], "critic": []}
+    for round_ in range(40):
+        for i, turn in enumerate(kind(steps=4, critic_turns=1).round(round_)):
+            nets, seen, _, _ = recorded(4)
+            turn.loss(nets, PAIR, stream(0, 0, round_, i))
+            counts[turn.player].append(len(seen.inputs))
+            assert seen.with_graph == [False] * (len(seen.inputs) - 1) + [turn.player == "student"]
+            assert [time.unique().tolist() for time in seen.times] == [[999], [749], [499], [249]][: len(seen.inputs)]
+    for found in counts.values():
+        assert all(abs(found.count(k) - 10) < 8 for k in (1, 2, 3, 4))
+
+
+@METHODS
+def test_a_student_turn_costs_one_pass_of_either_frozen_network(kind):
+    for i, turn in enumerate(kind(steps=1).round(0)[-2:]):
+        nets, seen, heard, judged = recorded(1)
+        turn.loss(nets, PAIR, stream(0, 0, 0, i))
+        student = turn.player == "student"
+        assert (len(seen.inputs), heard.with_graph, judged.with_graph) == (1, [True] * student, [True])
+
+
+@METHODS
+@pytest.mark.parametrize("turns", [1, 5])
+def test_the_critic_moves_first_and_so_often(kind, turns):
+    assert [turn.player for turn in kind(critic_turns=turns).round(3)] == ["critic"] * turns + ["student"]
+
+
+# Through real networks
+
+
+@pytest.mark.parametrize("family", ["unet", "transformer"])
+def test_the_gradient_reaches_the_student_through_frozen_networks_whatever_recomputes_them(family):
+    """T8: adapters on one base, checkpointed or not, give the gradients of separate networks; teacher and critic get none."""
+    pipe = tiny_sd_pipeline() if family == "unet" else tiny_zimage_pipeline()
+    known, net = FAMILIES[type(pipe).__name__], getattr(pipe, family)
+    schedule = known.schedule(pipe.scheduler)
+    wanted = {"student": Lora(4), "critic": Lora(4)}
+    words, null = (torch.randn(n, 5, 16, generator=torch.Generator().manual_seed(n)) for n in (3, 1))
+    cond = Cond({"prompt": words, "length": torch.tensor([5, 4, 3])})
+    empty = Cond({"prompt": null, "length": torch.tensor([2])})
+    found = []
+    for shared, checkpointing in ((True, True), (True, False), (False, False)):
+        bases = [copy.deepcopy(net)] * 3 if shared else [copy.deepcopy(net) for _ in range(3)]
+        if shared:
+            roles = build(bases[0], wanted, lora_targets=known.lora_targets, checkpointing=checkpointing)
+        else:
+            roles = {"teacher": build(bases[0], {}, lora_targets=())["teacher"]}
+            for base, (name, lora) in zip(bases[1:], wanted.items(), strict=True):
+                roles[name] = build(base, {name: lora}, lora_targets=known.lora_targets)[name]
+        for i, name in enumerate(wanted):
+            rng = torch.Generator().manual_seed(i)
+            for p in roles[name].parameters():
+                p.data += 0.1 * torch.randn(p.shape, generator=rng)
+            roles[name].requires_grad_(name == "student")
+        player = {name: Denoiser(role, schedule, known.target(pipe.scheduler), known.call) for name, role in roles.items()}
+        nets = game(player["student"], Guided(player["teacher"], 3.0, empty), player["critic"], grid=(1.0, 0.5))
+        losses = SiD(steps=2).student_loss(nets, Batch(cond, (3, 4, 8, 8)), stream(0, 0, 0, 0))
+        losses.total.backward()
+        with torch.no_grad():
+            player["teacher"](torch.randn(3, 4, 8, 8), times(0.4, 0.5, 0.6), cond)  # a switch of role between two turns
+        student = roles["student"].weights()
+        assert all(p.grad is not None for p in student.values())
+        own = {id(p) for p in student.values()}
+        assert all(p.grad is None for base in bases for p in base.parameters() if id(p) not in own)
+        found.append(torch.cat([p.grad.flatten() for p in student.values()]))
+    recomputed, kept, separate = found
+    assert (recomputed - kept).norm() <= 1e-5 * kept.norm()
+    assert (kept - separate).norm() <= 1e-5 * separate.norm()
+
+
+def test_bfloat16_networks_keep_the_gradient():
+    """T26: networks in bfloat16, mathematics in float32, against float64 throughout."""
+    schedule, grads = SCHEDULES["sd"], []
+    for low in (0.021, 0.501, 0.981):
+        for dtype in (torch.bfloat16, None):
+
+            def call(net, x, time, cond, dtype=dtype):
+                out = net(x.double(), time, cond)
+                return out if dtype is None else out.to(dtype)
+
+            student = denoiser(Gaussian([-0.5] * 4, [0.5] * 4, endpoint), schedule, "epsilon")
+            teacher, critic = (
+                Denoiser(denoiser(Gaussian([m] * 4, [v] * 4), schedule, "epsilon").net, schedule, "epsilon", call)
+                for m, v in ((0.5, 1.0), (-0.5, 0.3))
+            )
+            objective = SiD(steps=1, low=low - 1e-9, high=low)
+            objective.student_loss(game(student, teacher, critic), Batch(NOTHING, (512, 4)), stream(0, 0, 0, 0)).total.backward()
+            grads.append(torch.cat([student.net.clean.mean.grad, student.net.clean.log_std.grad]))
+        half, full = grads[-2:]
+        assert (half - full).norm() < 0.02 * full.norm()
