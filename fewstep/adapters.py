@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fewstep import embedders
 from fewstep.denoiser import Cond, Denoiser, Guided, cat
 from fewstep.deploy import falling, seen_times
-from fewstep.families import Family, Setting, family_of, make_scheduler, net_config, setting_of
+from fewstep.families import Family, Setting, bare, family_of, make_scheduler, net_config, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.schedules import NoiseSchedule
 
@@ -34,14 +35,20 @@ class Teacher:
     def net(self) -> Any:
         return getattr(self.pipe, self.family.component)
 
-    def denoiser(self, net: Any) -> Denoiser:
-        """A role of this teacher's network as a Denoiser."""
-        return Denoiser(net, self.schedule, self.target, self.family.call)
+    def denoiser(self, net: Any, guidance: float | None = None, grid: tuple[float, ...] = ()) -> Denoiser:
+        """A role of this teacher's network as a Denoiser. guidance, grid: what it is fed by default if it takes such inputs."""
+        takes = embedders.inputs(bare(net))
+        scale = guidance if embedders.GUIDANCE in takes else None
+        return Denoiser(net, self.schedule, self.target, self.family.call, None, scale, grid if embedders.END in takes else ())
 
-    def guided(self, net: Any, scale: float | None = None, null: Cond | None = None) -> Guided:
-        """A role of this teacher's network under classifier-free guidance as its pipeline computes it."""
-        null = self.null() if null is None else null
-        return Guided(self.denoiser(net), self.guidance if scale is None else scale, null, self.family.renorm)
+    def guided(self, net: Any, scale: float | None = None, null: Cond | None = None) -> Denoiser | Guided:
+        """A role of this network under guidance: both halves mixed as its pipeline does it, or one pass of a network that
+        was distilled to take the scale."""
+        scale = self.guidance if scale is None else scale
+        denoiser = self.denoiser(net, scale)
+        if denoiser.guidance is not None:
+            return denoiser
+        return Guided(denoiser, scale, self.null() if null is None else null, self.family.renorm)
 
     @property
     def guidance(self) -> float:
@@ -159,5 +166,6 @@ def load_teacher(
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
+    embedders.gain(getattr(pipe, family.component))  # a distilled one may take the guidance scale
     setting = setting_of(family, net_config(getattr(pipe, family.component)), _vae_config(pipe), size, guidance)
     return Teacher(path, pipe.to(device), family, family.schedule(pipe.scheduler), family.target(pipe.scheduler), setting)

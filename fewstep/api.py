@@ -19,9 +19,9 @@ from fewstep.adapters import Teacher, load_teacher
 from fewstep.config import ATTENTION, Config, differences, parse, stepped
 from fewstep.config import load as load_config
 from fewstep.data import Pairs, default_cache, open_source
-from fewstep.denoiser import Cond, Guided
+from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.heads import Discriminator
-from fewstep.networks import Role, build, heads_role, set_weights
+from fewstep.networks import Role, build, heads_role, set_weights, swapped
 from fewstep.objectives import Nets
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
@@ -54,20 +54,24 @@ class Study:
         """The condition for "no prompt", on the CPU."""
         return self.teacher.null()
 
-    def guided(self, net: nn.Module) -> Guided:
+    def guided(self, net: nn.Module) -> Denoiser | Guided:
         """A role (possibly wrapped) as the guided teacher."""
         device = next(self.teacher.net.parameters()).device
         return self.teacher.guided(net, self.guidance, self.null.to(device))
 
+    def player(self, net: nn.Module, grid: tuple[float, ...] = ()) -> Denoiser:
+        """A role (possibly wrapped) as it is, deployed on a grid."""
+        return self.teacher.denoiser(net, self.guidance, grid or self.grid)
+
     def nets(self, modules: Mapping[str, nn.Module]) -> Nets:
         """The players as the objective sees them."""
-        make = self.teacher.denoiser
-        critic = make(modules["critic"]) if "critic" in modules else None
+        critic = self.player(modules["critic"]) if "critic" in modules else None
         judge, heads = None, self.config.objective.needs.heads
         if "heads" in modules:
             taps = heads.taps_on(self.roles[heads.backbone].net)
-            judge = Discriminator(make(modules[heads.backbone]), taps, modules["heads"])
-        return Nets(make(modules["student"]), self.guided(modules["teacher"]), self.grid, STEPS[self.sampler], critic, judge)
+            judge = Discriminator(self.player(modules[heads.backbone]), taps, modules["heads"])
+        student, teacher = self.player(modules["student"]), self.guided(modules["teacher"])
+        return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge)
 
     def pairs(self) -> Pairs | None:
         """The teacher's samples that the objective learns from, where it does."""
@@ -77,7 +81,8 @@ class Study:
 
     def draw_student(self, prompts: Sequence[str], steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3), with the weights its role has now."""
-        times, student = self.teacher.grid(steps, self.sampler), self.teacher.denoiser(self.roles["student"])
+        times = self.teacher.grid(steps, self.sampler)
+        student = self.player(self.roles["student"], times)
         return generate(self.teacher, student, self.teacher.encode(prompts), times, self.sampler, seed=seed, bar=bar)
 
     def draw_teacher(self, prompts: Sequence[str], steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
@@ -96,7 +101,7 @@ def open_study(config: Config) -> Study:
     objective, family = config.objective, teacher.family
     sampler = objective.sampler or next(iter(family.samplers))
     grid = teacher.deployed_grid(objective.steps, sampler)
-    wanted = {"student": config.student.kind()}
+    wanted = {"student": config.student_kind()}
     if "critic" in objective.needs.roles:
         wanted["critic"] = config.critic.kind()
     backend = ATTENTION[config.train.attention]
@@ -208,20 +213,6 @@ class Preview:
         Image.fromarray(page).save(self.folder / f"round-{done:07d}.png")
 
 
-class swapped:
-    """Runs a block with other weights in a role, and puts its own back."""
-
-    def __init__(self, role: Role, weights: Mapping[str, Tensor]) -> None:
-        self.role, self.weights = role, weights
-
-    def __enter__(self) -> None:
-        self.own = {k: p.detach().clone() for k, p in self.role.weights().items()}
-        set_weights(self.role, self.weights)
-
-    def __exit__(self, *error: object) -> None:
-        set_weights(self.role, self.own)
-
-
 class Run:
     """A finished (or interrupted) run folder: what can be drawn, exported and judged from it."""
 
@@ -274,8 +265,9 @@ class Run:
         teacher = load_teacher(wish.path, size=wish.size, guidance=wish.guidance)
         return export(
             teacher,
-            self.config.student.kind(),
+            self.config.student_kind(),
             self.weights,
+            guidance=self.study.guidance,
             sampler=self.study.sampler,
             steps=self.config.objective.steps,
             to=Path(to),

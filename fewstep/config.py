@@ -63,6 +63,11 @@ class Config(_Strict):
     data: DataConfig
     train: Settings = Settings()
 
+    def student_kind(self) -> Full | Lora:
+        """How the student is trained, with the inputs that the objective gives its network."""
+        kind, inputs = self.student.kind(), self.objective.needs.inputs
+        return dataclasses.replace(kind, inputs=inputs) if isinstance(kind, Full) else kind
+
     @field_validator("objective", mode="before")
     @classmethod
     def _objective(cls, value: Any) -> Objective:
@@ -170,6 +175,11 @@ def parse(tree: Mapping[str, Any]) -> Config:
     if config.data.pairs and config.data.images is not None:
         raise ValueError("data.pairs are drawn by the teacher for data.prompts; give those in place of data.images")
     needs, name = config.objective.needs, name_of(config.objective)
+    if needs.inputs and config.student.weights != "full":
+        raise ValueError(
+            f"objective {name}, set like this, feeds the student's network the {' and the '.join(needs.inputs)}, "
+            "for which it needs weights of its own: set student: {weights: full}"
+        )
     if needs.pairs and not config.data.pairs:
         raise ValueError(
             f"objective {name} needs pairs of noise and the teacher's sample from it: "

@@ -77,12 +77,25 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """A network with further inputs, which its family's `call` need not know."""
+
+    net: Callable[..., object]
+    inputs: dict[str, Tensor]
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self.net(*args, **kwargs, **self.inputs)
+
+
+@dataclass(frozen=True)
 class Denoiser:
     """A network, what it was trained on, what it predicts, and how its family is called.
 
     net: any callable, usually a role of `networks`. target: a key of TARGETS.
     call: (net, x (B, C, *S), time (B,), cond) -> raw output (B, C, *S); the adapters hold one a family.
     dtype: what the network is fed; None leaves x_t as it comes.
+    guidance, grid: of a network that takes the guidance scale or the end of its jump (`embedders`), what it is fed where a call
+    names neither: that scale, and the next of the deployed times `grid` below t (0 after the last).
     """
 
     net: Callable[..., object]
@@ -90,17 +103,34 @@ class Denoiser:
     target: str
     call: Callable[[Callable[..., object], Tensor, Tensor, Cond], Tensor]
     dtype: torch.dtype | None = None
+    guidance: float | None = None
+    grid: tuple[float, ...] = ()
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, g: Tensor | None = None, r: Tensor | None = None) -> Prediction:
         """The prediction at x_t (B, C, *S) and t (B,) in (0, 1], float64 on the CPU.
 
+        g, r: guidance scale and end of the jump (B,), for a network that takes them.
         Raises ValueError where x_t does not determine x0 and eps: t = 0 for a network that predicts x0, zero SNR for one that
         predicts eps."""
         coefficients = self.solve(t)
         exact = torch.promote_types(x_t.dtype, torch.float32)
         time = self.schedule.model_time(t).to(device=x_t.device, dtype=exact, non_blocking=True)
-        out = self.call(self.net, x_t if self.dtype is None else x_t.to(self.dtype), time, cond)
+        net = self.told(t, g, r, x_t.device, exact)
+        out = self.call(net, x_t if self.dtype is None else x_t.to(self.dtype), time, cond)
         return complete(x_t, out, coefficients)
+
+    def told(
+        self, t: Tensor, g: Tensor | None, r: Tensor | None, device: torch.device, dtype: torch.dtype
+    ) -> Callable[..., object]:
+        """The network, with the guidance scale g and the end r (or their defaults) where there are any."""
+        if g is None and self.guidance is not None:
+            g = torch.full_like(t, self.guidance)
+        if r is None and self.grid:
+            ends = torch.tensor((0.0, *sorted(self.grid)), dtype=torch.float64)
+            r = ends[(torch.searchsorted(ends, t.double() - 1e-9) - 1).clamp(min=0)]
+        given = {"guidance_scale": g, "end_time": r}
+        inputs = {k: v.to(device=device, dtype=dtype, non_blocking=True) for k, v in given.items() if v is not None}
+        return Bound(self.net, inputs) if inputs else self.net
 
     def solve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(alpha, sigma, A, B) at t, checked to determine a prediction."""
@@ -158,13 +188,15 @@ class Guided:
         parts = [torch.split(v, n) for v in (joint.x0, joint.eps, joint.alpha, joint.sigma)]
         return Prediction(*(p[0] for p in parts)), Prediction(*(p[1] for p in parts))
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        if self.scale == 1:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, g: Tensor | None = None) -> Prediction:
+        """The guided prediction; g: a scale for each sample (B,) in place of `scale`."""
+        if g is None and self.scale == 1:
             return self.denoiser(x_t, t, cond)
         if self.scale == 0:
             return self.denoiser(x_t, t, self.null.expand(len(x_t)))
         c, u = self.both(x_t, t, cond)
-        mixed = Prediction(torch.lerp(u.x0, c.x0, self.scale), torch.lerp(u.eps, c.eps, self.scale), c.alpha, c.sigma)
+        scale = torch.full((), self.scale).to(c.x0) if g is None else like(g, c.x0)
+        mixed = Prediction(torch.lerp(u.x0, c.x0, scale), torch.lerp(u.eps, c.eps, scale), c.alpha, c.sigma)
         if self.renorm is None:
             return mixed
         out = self.renorm(self.denoiser.native(c, t), self.denoiser.native(mixed, t))

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep import __version__, card, loraformat, proof
+from fewstep import __version__, card, embedders, loraformat, proof
 from fewstep.adapters import Teacher, load_teacher, teacher_folder
 from fewstep.networks import Full, Lora, Role, build, set_weights
 from fewstep.sampling import STEPS, sample
@@ -43,13 +43,16 @@ def export(
     form: str | None = None,
     layout: str = "diffusers",
     record: dict[str, Any],
+    guidance: float = 1.0,
 ) -> Path:
     """Writes the student `weights` (named as Role.weights() does) to the folder `to`, whole or not at all, and returns it.
 
     form: "lora", "full" (a LoRA is merged), or None for the student's own where the family can load it. layout: a LoRA's key
     names, "diffusers" or "kohya". record: how it was made, JSON-able; the card names the objective of record["config"] and shows
-    the table record["results"]["rows"] where they are there.
-    Raises ValueError if `to` holds something else, or the family, form, layout and sampler do not go together."""
+    the table record["results"]["rows"] where they are there. guidance: the scale that a student which takes one draws at: stock
+    code feeds it where the network's class can take it, else it is folded into the weights.
+    Raises ValueError if `to` holds something else, the family, form, layout and sampler do not go together, or no stock pipeline
+    could feed the student what it takes."""
     to = Path(to).absolute()
     form = _form(teacher, kind, form, layout)
     names = loraformat.naming(layout, teacher.family.component) if form == "lora" else None
@@ -58,6 +61,8 @@ def export(
     teacher = _pristine(teacher)
     times = {n: teacher.grid(n, sampler) for n in sorted({*COUNTS, steps})}
     student, scheduler = _student(teacher, kind, weights), teacher.scheduler(sampler)
+    takes = embedders.inputs(student.net)
+    scale = guidance if embedders.GUIDANCE in takes and embedders.stock_guidance(student.net) else None
     part = to.with_name(f".{to.name}.partial")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -68,13 +73,13 @@ def export(
             scheduler.save_pretrained(part / "scheduler")
             deployed = teacher.pipe
         else:
-            deployed = _deployed(teacher, student, folded, scheduler)
+            deployed = _deployed(teacher, student, folded, scheduler, guidance)
             deployed.save_pretrained(part, safe_serialization=True)
-        facts = _facts(teacher, deployed, scheduler, form=form, sampler=sampler, steps=steps, times=times, record=record)
+        facts = _facts(teacher, deployed, scheduler, scale, form=form, sampler=sampler, steps=steps, times=times, record=record)
         if names is not None:
             facts["lora"] = {"file": LORA_FILE, "layout": layout, "rank": loraformat.rank(folded), "naming": asdict(names)}
         (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        _write_reference(teacher, student, sampler, times, part / REFERENCE)
+        _write_reference(teacher, student, sampler, times, guidance, part / REFERENCE)
         (part / "README.md").write_text(card.write(teacher, facts, to.name), "utf-8")
         _swap(part, to)
     finally:
@@ -94,6 +99,11 @@ def _form(teacher: Teacher, kind: Full | Lora, form: str | None, layout: str) ->
         form = "lora" if isinstance(kind, Lora) and teacher.family.lora_loader else "full"
     if form not in ("lora", "full"):
         raise ValueError(f"an export is 'lora' or 'full', not {form!r}")
+    if isinstance(kind, Full) and embedders.END in kind.inputs:
+        raise ValueError(
+            "this student takes the end of its jump, which no stock pipeline would tell it; sample it with fewstep, or train one "
+            "without that input to export it"
+        )
     if form == "lora" and isinstance(kind, Full):
         raise ValueError("this student was trained as full weights and has no LoRA; export it with form='full'")
     if form == "lora" and not teacher.family.lora_loader:
@@ -121,6 +131,7 @@ def _student(teacher: Teacher, kind: Full | Lora, weights: Mapping[str, Tensor])
     """The student as training had it, adapter unfolded and unmerged, on a copy of the teacher's network."""
     net = copy.deepcopy(teacher.net)
     if isinstance(kind, Full):
+        embedders.gain(net, kind.inputs)
         role = Role("student", net, owns=True, dtype=torch.float32)
     else:
         role = build(net, {"student": kind}, lora_targets=loraformat.modules(weights))["student"]
@@ -140,12 +151,15 @@ def _write_lora(teacher: Teacher, folded: dict[str, Tensor], names: loraformat.N
     type(teacher.pipe).save_lora_weights(to, **layers)
 
 
-def _deployed(teacher: Teacher, student: Role, folded: dict[str, Tensor], scheduler: Any) -> Any:
+def _deployed(teacher: Teacher, student: Role, folded: dict[str, Tensor], scheduler: Any, guidance: float) -> Any:
     """The teacher's pipeline around the student's network and the student's scheduler."""
     net = student.net
     if folded:
         net = copy.deepcopy(teacher.net)
         net.load_state_dict(loraformat.merge(net.state_dict(), folded))
+    if embedders.GUIDANCE in embedders.inputs(net) and not embedders.stock_guidance(net):
+        net = copy.deepcopy(net)
+        embedders.fold_guidance(net, guidance)
     parts = {teacher.family.component: net, "scheduler": scheduler}
     if teacher.family.deployed:
         return getattr(diffusers, teacher.family.deployed)(**parts)
@@ -162,6 +176,7 @@ def _facts(
     teacher: Teacher,
     deployed: Any,
     scheduler: Any,
+    scale: float | None,
     *,
     form: str,
     sampler: str,
@@ -170,7 +185,7 @@ def _facts(
     record: dict[str, Any],
 ) -> dict[str, Any]:
     family, text = teacher.family, _takes_text(teacher)
-    call = {"num_inference_steps": steps, **teacher.call(1.0)}
+    call = {"num_inference_steps": steps, **teacher.call(1.0 if scale is None else scale)}
     folder = teacher_folder(teacher.path)
     index = folder / "model_index.json" if folder else None
     path = teacher.path if folder is None or teacher.path.startswith("zoo:") else str(folder.resolve())
@@ -186,7 +201,7 @@ def _facts(
         "scheduler": type(scheduler).__name__,
         "text": text,
         "video": len(teacher.setting.size) == 3,
-        "embedded": family.embedded,  # guidance is an input of the network
+        "embedded": family.embedded or scale is not None,  # guidance is an input of the network
         "form": form,
         "sampler": sampler,
         "steps": steps,
@@ -216,12 +231,14 @@ class _Draws:
 
 
 @torch.no_grad()
-def _write_reference(teacher: Teacher, student: Role, sampler: str, times: dict[int, tuple[float, ...]], to: Path) -> None:
+def _write_reference(
+    teacher: Teacher, student: Role, sampler: str, times: dict[int, tuple[float, ...]], guidance: float, to: Path
+) -> None:
     """fewstep's own pictures, float32: what the stock pipeline must draw from the same latents, prompts and seed.
 
     Of large pictures every `stride`-th row and column is kept. Pipelines without text draw their latents themselves, as here."""
     text = _takes_text(teacher)
-    denoiser = teacher.denoiser(student)
+    denoiser = teacher.denoiser(student, guidance)
     prompts = list(PROMPTS) if text else ["", ""]
     cond = teacher.encode(prompts)
     shape = (len(prompts), *teacher.latent_shape)

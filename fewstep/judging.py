@@ -13,7 +13,7 @@ import numpy as np
 from fewstep.adapters import Teacher, load_teacher
 from fewstep.api import Run, generate
 from fewstep.data import default_cache
-from fewstep.denoiser import Guided
+from fewstep.denoiser import Denoiser, Guided
 from fewstep.evaluation import images as folders
 from fewstep.evaluation import latency, results
 from fewstep.evaluation.protocol import Protocol, describe, floor, judge, load_prompts, load_protocol
@@ -78,7 +78,7 @@ def _student(run: Run, n: int, protocol: Protocol) -> Row:
     return Row("student", n, lambda prompts: run.sample(prompts, n, protocol.seed, bar=f"student, {n} steps"))
 
 
-def _guided(teacher: Teacher, denoiser: Guided, n: int, protocol: Protocol) -> Row:
+def _guided(teacher: Teacher, denoiser: Denoiser | Guided, n: int, protocol: Protocol) -> Row:
     def draw(prompts: list[str]) -> np.ndarray:
         times = teacher.grid(n, "ddim")
         return generate(teacher, denoiser, teacher.encode(prompts), times, "ddim", seed=protocol.seed, bar=f"teacher, {n} steps")

@@ -14,12 +14,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fewstep import embedders
 from fewstep.heads import Enough, Heads
 
 
 @dataclass(frozen=True)
 class Full:
-    """A role with weights of its own, all trained."""
+    """A role with weights of its own, all trained. inputs: what its network takes besides, see `embedders`."""
+
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,12 @@ def build(
 
     Full roles are float32 copies. Raises ValueError if no layer of the network matches `lora_targets`."""
     base.requires_grad_(False).eval()
-    copies = {name: copy.deepcopy(base).float().requires_grad_(True) for name, kind in wanted.items() if isinstance(kind, Full)}
+    copies = {name: copy.deepcopy(base).float() for name, kind in wanted.items() if isinstance(kind, Full)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, net in copies.items():
+            embedders.gain(net, wanted[name].inputs)  # type: ignore[union-attr]
+            net.requires_grad_(True)
     if any(p.dtype != dtype for p in base.parameters()):
         base.to(dtype)
     targets = list(lora_targets)
@@ -182,3 +190,17 @@ def set_weights(role: Role, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, p in own.items():
             p.copy_(tensors[key])
+
+
+class swapped:
+    """Runs a block with other weights in a role, and puts its own back."""
+
+    def __init__(self, role: Role, weights: Mapping[str, Tensor]) -> None:
+        self.role, self.weights = role, weights
+
+    def __enter__(self) -> None:
+        self.own = {k: p.detach().clone() for k, p in self.role.weights().items()}
+        set_weights(self.role, self.weights)
+
+    def __exit__(self, *error: object) -> None:
+        set_weights(self.role, self.own)

@@ -37,7 +37,7 @@ def plan(config: Config) -> dict[str, Any]:
         falling(schedule, seen, n)
         grids[str(n)] = [round(x, 3) for x in seen]
     base = sum(p.numel() for p in net.parameters())
-    wanted: dict[str, Full | Lora] = {"student": config.student.kind()}
+    wanted: dict[str, Full | Lora] = {"student": config.student_kind()}
     if "critic" in config.objective.needs.roles:
         wanted["critic"] = config.critic.kind()
     roles = build(net, wanted, lora_targets=family.lora_targets)

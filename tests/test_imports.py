@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "losses": set(),
     "divergences": set(),
     "stream": set(),
+    "embedders": set(),
     "progress": set(),
     #
     "denoiser": MATH,
@@ -44,13 +45,13 @@ MAY_IMPORT = {
     "families": DENOISER | PARTS,
     "folders": {"zoo"},
     "deploy": DENOISER | PARTS | {"families"},
-    "adapters": DENOISER | PARTS | TEACHER | {"zoo"},
-    "networks": DENOISER | PARTS | TEACHER,
+    "adapters": DENOISER | PARTS | TEACHER | {"zoo", "embedders"},
+    "networks": DENOISER | PARTS | TEACHER | {"embedders"},
     "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},
     "loraformat": set(),
     "proof": set(),  # runs where fewstep cannot be imported
     "card": DENOISER | PARTS | TEACHER | {"loraformat"},
-    "export": DENOISER | PARTS | SIDE_DOORS,
+    "export": DENOISER | PARTS | SIDE_DOORS | {"embedders"},
     "verify": DENOISER | PARTS | SIDE_DOORS,
     # the judge: sees pictures, not how they were trained
     "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress"},

@@ -27,6 +27,8 @@ EXPORTS = {
     "sd-kohya": ("sd", LORA, "ddim", 4, "lora", "kohya"),
     "sd-merged": ("sd", LORA, "ddim", 4, "full", "diffusers"),
     "sd-full": ("sd", Full(), "renoise", 1, None, "diffusers"),
+    "sd-guided": ("sd", Full(("guidance_scale",)), "renoise", 4, None, "diffusers"),
+    "zimage-guided": ("zimage", Full(("guidance_scale",)), "ddim", 4, None, "diffusers"),
     "zimage-lora": ("zimage", LORA, "ddim", 4, None, "diffusers"),
     "zimage-kohya": ("zimage", LORA, "ddim", 4, "lora", "kohya"),
     "zimage-full": ("zimage", Full(), "ddim", 2, None, "diffusers"),
@@ -47,7 +49,7 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     teachers = {name: load_teacher(str(save(make(), root / name))) for name, make in TEACHERS.items()}
     for name, (family, kind, sampler, steps, form, layout) in EXPORTS.items():
-        teacher, made = teachers[family], {"form": form, "layout": layout, "record": RECORD}
+        teacher, made = teachers[family], {"form": form, "layout": layout, "record": RECORD, "guidance": 2.5}
         export(teacher, kind, student(teacher, kind), sampler=sampler, steps=steps, to=root / name, **made)
     return root
 

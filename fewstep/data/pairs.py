@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.data.cache import cached
 from fewstep.data.fingerprint import fingerprint
-from fewstep.denoiser import Cond, Guided
+from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.progress import track
 from fewstep.sampling import ddim, sample
 from fewstep.stream import Stream, rows
@@ -32,7 +32,7 @@ CHUNK = 64
 class Pairs:
     """A wish: `count` samples that the guided teacher draws in `steps` deterministic steps, each with the noise it came from."""
 
-    guided: Guided
+    guided: Denoiser | Guided
     count: int
     steps: int
 
@@ -55,7 +55,7 @@ def make_pairs(
         "version": 1,
         "teacher": fingerprint(teacher, teacher.family.component),
         "path": hashlib.blake2b(f"{teacher.schedule} {teacher.target}".encode(), digest_size=16).hexdigest(),
-        "guidance": wish.guided.scale,
+        "guidance": wish.guided.scale if isinstance(wish.guided, Guided) else wish.guided.guidance,
         "times": list(times),
         "seed": SEED,
     }

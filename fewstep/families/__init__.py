@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fewstep.families import flux, pixels, stable_diffusion
-from fewstep.families.base import Family, Setting, make_scheduler, net_config, setting_of
+from fewstep.families.base import Family, Setting, bare, make_scheduler, net_config, setting_of
 
-__all__ = ["FAMILIES", "Family", "Setting", "family_of", "make_scheduler", "net_config", "setting_of"]
+__all__ = ["FAMILIES", "Family", "Setting", "bare", "family_of", "make_scheduler", "net_config", "setting_of"]
 
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": stable_diffusion.SD,

@@ -26,11 +26,16 @@ class Setting:
     guidance: float = 1.0
 
 
-def net_config(net: Any) -> dict[str, Any]:
-    """The Diffusers config of a network, seen through roles and DistributedDataParallel."""
+def bare(net: Any) -> Any:
+    """The Diffusers network itself, seen through roles and DistributedDataParallel."""
     while not hasattr(net, "config"):
         net = net.module if hasattr(net, "module") else net.net
-    return dict(net.config)
+    return net
+
+
+def net_config(net: Any) -> dict[str, Any]:
+    """The Diffusers config of a network, seen as `bare` does."""
+    return dict(bare(net).config)
 
 
 def spatial_factor(vae: Config) -> int:

@@ -83,12 +83,14 @@ class Turn:
 @dataclass(frozen=True)
 class Needs:
     """What an objective cannot do without: trained roles besides the student; clean data; the noise behind it, which only the
-    teacher's own samples have; and which heads, where "heads" is among the roles."""
+    teacher's own samples have; which heads, where "heads" is among the roles; and what the student's network takes besides
+    (`embedders`: "guidance_scale", "end_time")."""
 
     roles: tuple[str, ...] = ()
     images: bool = False
     pairs: bool = False
     heads: Heads = field(default_factory=Heads)
+    inputs: tuple[str, ...] = ()
 
 
 class Objective(ABC):

@@ -1,0 +1,122 @@
+"""A student's further inputs: it starts as its teacher, every embedder weight learns, and stock Diffusers feeds it alike."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
+from toys import NOTHING, SCHEDULES, times
+
+from fewstep import embedders
+from fewstep.adapters import load_teacher
+from fewstep.denoiser import Denoiser, Guided
+from fewstep.export import export
+from fewstep.networks import Full, build
+
+BOTH = (embedders.GUIDANCE, embedders.END)
+T = times(0.999, 0.5, 0.25)
+G, R = times(1.0, 3.0, 7.5), times(0.75, 0.25, 0.0)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teachers")
+    makers = {"sd": tiny_sd_pipeline, "zimage": tiny_zimage_pipeline, "ddpm": tiny_ddpm_pipeline}
+    return {name: load_teacher(str(save(make(), root / name))) for name, make in makers.items()}
+
+
+def player(teacher, inputs=BOTH):
+    role = build(copy.deepcopy(teacher.net), {"student": Full(inputs)}, lora_targets=())["student"]
+    return role, teacher.denoiser(role, 3.0, (1.0, 0.5))
+
+
+def given(teacher):
+    words = ["1", "2", "3"] if teacher.family.component == "unet" else ["red", "a blue square", "green"]
+    return torch.randn(3, *teacher.latent_shape), T, teacher.encode(words)
+
+
+@pytest.mark.parametrize("name", ["sd", "zimage", "ddpm"])
+def test_the_student_starts_as_its_teacher_and_every_embedder_weight_learns(name, teachers):
+    teacher, ask = teachers[name], given(teachers[name])
+    role, student = player(teacher)
+    expected = teacher.denoiser(teacher.net)(*ask)
+    assert torch.equal(student(*ask, g=G, r=R).eps, expected.eps)
+    weights = {k: p for k, p in role.weights().items() if k.startswith("gained.") or "cond_proj" in k}
+    assert len(weights) == (5 if name == "sd" else 8)
+    optimizer, moved = torch.optim.SGD(weights.values(), 0.1), set()
+    goal = torch.randn_like(expected.eps)
+    for _ in range(2):
+        role.zero_grad()
+        (student(*ask, g=G, r=R).eps - goal).square().mean().backward()
+        moved |= {k for k, p in weights.items() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+    assert moved == set(weights)
+    trained = student(*ask, g=G, r=R).eps
+    assert not torch.equal(trained, student(*ask, g=G + 1, r=R).eps)
+    assert not torch.equal(trained, student(*ask, g=G, r=R / 2).eps)
+    torch.testing.assert_close(trained[1:], student(*(x[1:] for x in ask), g=G[1:], r=R[1:]).eps)
+
+
+def test_waves_are_those_of_the_stock_pipeline():
+    w = torch.tensor([0.0, 2.0, 6.5])
+    assert torch.equal(embedders.waves(w), StableDiffusionPipeline.get_guidance_scale_embedding(None, w, 256))
+
+
+def test_a_scale_or_an_end_that_is_not_named_is_that_of_deployment(teachers):
+    ask = given(teachers["sd"])
+    role, student = player(teachers["sd"])
+    for p in role.weights().values():
+        p.data += 0.02 * torch.randn_like(p)
+    explicit = student(*ask, g=torch.full((3,), 3.0), r=times(0.5, 0.0, 0.0)).eps
+    assert torch.equal(student(*ask).eps, explicit)
+    with pytest.raises(ValueError, match="this network takes the input guidance_scale"):
+        teachers["sd"].denoiser(role)(*ask)
+
+
+def test_the_next_time_of_the_grid_is_the_end():
+    told = []
+
+    def call(net, x, time, cond):
+        return net(x)
+
+    def net(x, **inputs):
+        told.append(inputs)
+        return x
+
+    denoiser = Denoiser(net, SCHEDULES["sd"], "epsilon", call, grid=(1.0, 0.75, 0.5, 0.25))
+    denoiser(torch.zeros(6, 2), times(1.0, 0.75, 0.7, 0.5, 0.25, 0.1), NOTHING)
+    assert told[0]["end_time"].tolist() == [0.75, 0.5, 0.5, 0.25, 0.0, 0.0] and set(told[0]) == {"end_time"}
+
+
+def test_a_teacher_that_takes_the_scale_is_one_pass(teachers, tmp_path):
+    """A distilled network comes back from its export as one that is guided by what it is fed."""
+    teacher, ask = teachers["sd"], given(teachers["sd"])
+    kind = Full((embedders.GUIDANCE,))
+    role = build(copy.deepcopy(teacher.net), {"student": kind}, lora_targets=())["student"]
+    weights = {k: p.detach() + 0.02 * torch.randn_like(p) for k, p in role.weights().items()}
+    for key, p in role.weights().items():
+        p.data.copy_(weights[key])
+    export(teacher, kind, weights, sampler="ddim", steps=4, to=tmp_path / "guided", record={}, guidance=2.5)
+    again = load_teacher(str(tmp_path / "guided"))
+    assert embedders.inputs(again.net) == (embedders.GUIDANCE,)
+    guided = again.guided(again.net, 2.5, again.null())
+    assert not isinstance(guided, Guided) and isinstance(teacher.guided(teacher.net, 2.5, teacher.null()), Guided)
+    torch.testing.assert_close(guided(*ask).eps, teacher.denoiser(role, 2.5)(*ask).eps)
+    assert not torch.equal(guided(*ask).eps, guided(*ask, g=G).eps)
+    # and a student of it starts as it is, with no second embedding
+    student = build(copy.deepcopy(again.net), {"student": kind}, lora_targets=())["student"]
+    torch.testing.assert_close(again.denoiser(student, 2.5)(*ask).eps, guided(*ask).eps)
+
+
+def test_an_end_time_cannot_be_exported(teachers, tmp_path):
+    kind = Full((embedders.END,))
+    role = build(copy.deepcopy(teachers["sd"].net), {"student": kind}, lora_targets=())["student"]
+    with pytest.raises(ValueError, match="takes the end of its jump, which no stock pipeline would tell it"):
+        export(teachers["sd"], kind, role.weights(), sampler="ddim", steps=4, to=tmp_path / "no", record={})
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_network_with_a_hidden_time_embedding_is_refused():
+    with pytest.raises(ValueError, match="embeds its time where fewstep does not look"):
+        embedders.gain(type("Odd", (torch.nn.Linear,), {"config": {}})(2, 2), BOTH)
