@@ -19,7 +19,14 @@ from fewstep.stream import stream
 AT_REST = {"dmd", "sid", "sim"}
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
-ROUNDS = {"dmd": 400, "consistency": 600, "scm": 300, "sid": 250, "sim": 250}
+ROUNDS = {
+    "consistency": 600,
+    "dmd": 400,
+    "rcm": 150,
+    "scm": 300,
+    "sid": 250,
+    "sim": 250,
+}
 
 
 # What the registry holds, and each of it judged by heads on either backbone.

@@ -1,0 +1,151 @@
+import pytest
+import torch
+from toys import NOTHING, SCHEDULES, TEACHERS, Counted, Gaussian, Linear, denoiser, endpoint, game, gaussian
+
+from fewstep.matched import Matched
+from fewstep.objectives import Batch
+from fewstep.objectives.rcm import RCM
+from fewstep.objectives.scm import ANGLE, SCM, TRIG
+from fewstep.stream import stream
+
+MEAN, VAR = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
+teachers = pytest.mark.parametrize("name, target", TEACHERS)
+N = 128
+
+
+def exact(name, target, mean=MEAN, var=VAR):
+    return gaussian(mean.tolist(), var.tolist(), SCHEDULES[name], target)
+
+
+class Double:
+    """A stream whose noise is float64, and whose rollouts have a given length."""
+
+    def __init__(self, rng, length=0):
+        self.rng, self.length = rng, length
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)
+
+    def normal(self, shape, dtype=torch.float64):
+        return self.rng.normal(shape, torch.float64)
+
+    @property
+    def shared(self):
+        return self
+
+    def integer(self, high):
+        return self.length
+
+
+def batch():
+    return Batch(NOTHING, (N, 2), MEAN + VAR.sqrt() * torch.randn(N, 2, dtype=torch.float64))
+
+
+def rng(length=0):
+    return Double(stream(0, 0, 0, 0), length)
+
+
+@teachers
+def test_without_scores_it_is_scm(name, target):
+    student, teacher, given = denoiser(Gaussian([0.3, 0.1], [0.5, 0.6]), SCHEDULES[name], target), exact(name, target), batch()
+    nets = game(student, teacher, teacher)
+    alone = SCM(mean=-0.8, std=1.6).student_loss(nets, given, stream(0, 0, 0, 0)).total
+    both = RCM(score_weight=0.0).student_loss(nets, given, rng()).total
+    parameters = list(student.net.parameters())
+    for a, b in zip(*(torch.autograd.grad(v, parameters) for v in (alone, both))):
+        torch.testing.assert_close(a, b)
+
+
+@teachers
+def test_where_the_critic_is_the_teacher_scores_do_not_push(name, target):
+    student, teacher = denoiser(Gaussian([0.3, 0.1], [0.5, 0.6]), SCHEDULES[name], target), exact(name, target)
+    losses = RCM().score(game(student, teacher, teacher), batch(), rng(2))
+    grads = torch.autograd.grad(losses.total, list(student.net.parameters()), allow_unused=True)
+    assert all(g is None or (g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("name, target", [(name, target) for name, target in TEACHERS if name != "edm"])
+def test_scores_push_the_students_law_towards_the_teachers(name, target):
+    """One step; the critic knows the student's own law (consistency.md 1, sign check)."""
+    student = denoiser(Linear(1.0, 1.0), SCHEDULES[name], target)
+    teacher, critic = exact(name, target, torch.zeros(2), torch.ones(2)), exact(name, target, torch.ones(2), torch.ones(2))
+    losses = RCM(score_weight=1.0).score(game(student, teacher, critic), batch(), rng())
+    mean, std = torch.autograd.grad(losses.total, [student.net.clean.mean, student.net.clean.std])
+    assert mean > 0.1 and abs(std) < 0.3 * mean
+
+
+@teachers
+def test_the_critic_learns_the_velocity_of_the_students_samples(name, target):
+    """||F - F*||^2 = ||x0 - f||^2 / sin^2, and least at the student's own law."""
+    student, critic = denoiser(Linear(0.5, 0.8), SCHEDULES[name], target), exact(name, target)
+    asked = []
+
+    def call(net, x, time, cond):
+        asked.append((x, time))
+        return net(x, time, cond)
+
+    listening = denoiser(critic.net.clean, SCHEDULES[name], target, call)
+    losses = RCM(score_mean=0.0, score_std=0.3).critic_loss(game(student, critic, listening), batch(), rng())
+    assert losses.sample is not None and not losses.sample.requires_grad
+    x_own, time = asked[0]
+    own = SCHEDULES[name]
+    alpha, sigma = own.alpha_sigma(own.t_of_model_time(time))
+    angle = torch.atan2(sigma, alpha)
+    x0 = critic(x_own, own.t_of_model_time(time), NOTHING).x0
+    torch.testing.assert_close(losses.terms["denoise"], (losses.sample - x0).square().mean(1) / angle.sin() ** 2)
+    right = exact(name, target, torch.full((2,), 0.5), torch.full((2,), 0.64))
+    assert RCM().critic_loss(game(student, critic, right), batch(), rng()).total < losses.total
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_a_rollout_falls_from_noise_and_only_its_last_step_has_a_graph(length):
+    heard = Counted()
+    student = denoiser(Gaussian(MEAN.tolist(), VAR.tolist(), endpoint), SCHEDULES["sd"], "epsilon", heard)
+    teacher = exact("sd", "epsilon")
+    RCM().score(game(student, teacher, teacher), batch(), rng(length))
+    assert heard.with_graph == [False] * length + [True]
+    fed = torch.stack(heard.times)
+    assert (fed[0] - 999).abs().max() < 1e-4 and (fed.diff(dim=0) <= 0).all()
+    assert len(fed[-1].unique()) > 1 or length == 0  # random times, not a grid
+
+
+def test_an_exact_student_draws_the_data_whatever_the_rollout():
+    """consistency.md 0.6: f and fresh noise keep every marginal."""
+    student = denoiser(Gaussian(MEAN.tolist(), VAR.tolist(), endpoint), SCHEDULES["flow"], "flow")
+    many = Batch(NOTHING, (20_000, 2))
+    for length in range(4):
+        x = RCM()._sample(game(student, student, student), many, rng(length)).x0.detach()
+        assert (x.mean(0) - MEAN).abs().max() < 0.05 and (x.var(0) / VAR - 1).abs().max() < 0.05
+
+
+def test_warm_up_is_consistency_alone():
+    objective = RCM(warmup=4, critic_turns=2)
+    assert [[turn.player for turn in objective.round(step)] for step in (0, 3, 4)] == [
+        ["student"],
+        ["student"],
+        ["critic", "critic", "student"],
+    ]
+    assert [objective.round(step)[0].loss.keywords["warm"] for step in (0, 3)] == [0.25, 1.0]  # type: ignore[attr-defined]
+
+
+def test_a_rollout_has_a_step():
+    with pytest.raises(ValueError, match="at least 1"):
+        RCM(rollout_steps=0)
+
+
+def test_the_students_sample_is_what_it_draws_not_what_it_repairs():
+    student, teacher = exact("flow", "flow"), exact("flow", "flow")
+    losses = RCM().student_loss(game(student, teacher, teacher), batch(), rng())
+    noise_end = torch.full((N,), Matched(student, TRIG).highest, dtype=torch.float64)
+    first = stream(0, 0, 0, 0)
+    first.normal_like(batch().latents)
+    x = first.normal((N, 2), torch.float64)
+    torch.testing.assert_close(losses.sample, Matched(student, TRIG)(x, noise_end, NOTHING).x0)
+    assert noise_end[0] * ANGLE < torch.pi / 2
+
+
+def test_the_weight_weighs_the_scores():
+    student, teacher = denoiser(Gaussian([0.3, 0.1], [0.5, 0.6]), SCHEDULES["sd"], "epsilon"), exact("sd", "epsilon")
+    nets = game(student, teacher, exact("sd", "epsilon", MEAN + 1))
+    one, tenth = (RCM(score_weight=w).score(nets, batch(), rng()).terms["dm"] for w in (1.0, 0.1))
+    torch.testing.assert_close(tenth, 0.1 * one)
