@@ -180,6 +180,13 @@ def parse(tree: Mapping[str, Any]) -> Config:
             f"objective {name}, set like this, feeds the student's network the {' and the '.join(needs.inputs)}, "
             "for which it needs weights of its own: set student: {weights: full}"
         )
+    for turn in config.objective.round(0):
+        for role in turn.followers:
+            if getattr(config, role) != getattr(config, turn.player):
+                raise ValueError(
+                    f"the {role} follows the {turn.player}, so both need the same weights: "
+                    f"write the same settings under {turn.player} and {role}"
+                )
     if needs.pairs and not config.data.pairs:
         raise ValueError(
             f"objective {name} needs pairs of noise and the teacher's sample from it: "

@@ -52,6 +52,13 @@ def unit(direction: Tensor, floor: float) -> Tensor:
     return direction / scale.reshape(-1, *([1] * (direction.ndim - 1)))
 
 
+def moments_kl(x: Tensor, mean: float, std: float) -> Tensor:
+    """KL(N(m, s^2) || N(mean, std^2)) of the mean m and the spread s of the elements of each sample (B,), which has several."""
+    flat = _wide(x).flatten(1)
+    ratio = flat.std(1, correction=0).clamp_min(1e-6) / std
+    return ((flat.mean(1) - mean).square() / std**2 + ratio.square() - 1) / 2 - ratio.log()
+
+
 def non_saturating(fake: Tensor) -> Tensor:
     """Generator's loss softplus(-D(fake)), shaped like the logits (Goodfellow et al. 2014)."""
     return F.softplus(-fake)

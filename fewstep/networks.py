@@ -204,3 +204,15 @@ class swapped:
 
     def __exit__(self, *error: object) -> None:
         set_weights(self.role, self.own)
+
+
+@torch.no_grad()
+def follow(role: Role, leader: Role, share: float) -> None:
+    """Moves a role's weights a share of the way towards a leader's of the same kind: w + share (leader's - w).
+
+    Adapters move matrix by matrix. That mixes their products only to first order, and wants the same start, which adapters of
+    one rank and seed have."""
+    own, other = role.weights(), leader.weights()
+    assert own.keys() == other.keys(), "the config refuses followers of another kind"
+    for key, p in own.items():
+        p.lerp_(other[key], share)

@@ -19,7 +19,7 @@ from fewstep import checkpoint
 from fewstep.data import Source
 from fewstep.ema import Ema
 from fewstep.monitor import Log, Meter
-from fewstep.networks import Role, set_weights
+from fewstep.networks import Role, follow, set_weights
 from fewstep.objectives.base import Batch, Losses, Nets, Objective
 from fewstep.progress import track
 from fewstep.stream import stream
@@ -163,6 +163,8 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
                 for name in turn.movers:
                     norm = players[name].update(settings.rate(name, round_), settings.clip)
                     meter.add(f"{name}/grad_norm", norm)
+                for name, share in turn.followers.items():
+                    follow(job.roles[name], job.roles[turn.player], share)
                 if "student" in turn.movers:
                     ema.update(job.roles["student"].weights(), round_)
                 for name, value in {**{k: v.mean() for k, v in losses.terms.items()}, **losses.stats}.items():

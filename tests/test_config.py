@@ -110,13 +110,21 @@ def test_an_objective_that_needs_images_gets_them():
     parse(tree(objective={"name": "consistency"}, data={"prompts": "zoo:sprites", "pairs": 8}))
 
 
+def test_a_follower_has_the_weights_of_its_leader():
+    following = tree(objective={"name": "dmd", "ida": 0.97})
+    parse(following | {"student": {"rank": 8}, "critic": {"rank": 8}})
+    said = refusal(following | {"student": {"rank": 8}, "critic": {"rank": 16}})
+    assert "the critic follows the student, so both need the same weights" in said
+
+
 def test_pairs_are_for_prompts():
     assert "data.pairs are drawn by the teacher for data.prompts" in refusal(tree(data={"images": "zoo:sprites", "pairs": 8}))
 
 
 @pytest.mark.parametrize("name", objectives())
 def test_what_is_dumped_is_what_is_loaded(name, tmp_path):
-    needed = {"images": "zoo:sprites"} if objectives()[name]().needs.images else {"prompts": "zoo:sprites"}
+    needs = objectives()[name]().needs
+    needed = {"images" if needs.images else "prompts": "zoo:sprites", "pairs": 8 if needs.pairs else 0}
     config = parse(tree(objective={"name": name}, data=needed, train={"betas": [0.5, 0.9], "lr": "1e-4"}))
     assert_comes_back(config, tmp_path)
 

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_sd_pipeline, tiny_zimage_pipeline
 
 from fewstep.families import FAMILIES
-from fewstep.networks import Full, Lora, Role, build, parameter_bytes, set_weights
+from fewstep.networks import Full, Lora, Role, build, follow, parameter_bytes, set_weights
 
 MAKERS = {"StableDiffusionPipeline": tiny_sd_pipeline, "ZImagePipeline": tiny_zimage_pipeline}
 BOTH = {"student": Lora(4, alpha=8.0), "critic": Lora(4)}
@@ -208,3 +208,16 @@ def test_a_role_hides_what_it_borrows():
     net = torch.nn.Linear(2, 2)
     assert list(Role("teacher", net, owns=False, dtype=torch.float32).state_dict()) == []
     assert sorted(Role("student", net, owns=True, dtype=torch.float32).state_dict()) == ["bias", "weight"]
+
+
+@pytest.mark.parametrize("wanted", [BOTH | {"student": Lora(4)}, {"student": Full(), "critic": Full()}])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_follower_goes_a_share_of_the_way(family, wanted, share):
+    """None of it changes nothing, all of it is a copy; the leader stays where it is."""
+    roles = roles_on(family, wanted)
+    before = {n: {k: p.detach().clone() for k, p in roles[n].weights().items()} for n in wanted}
+    follow(roles["critic"], roles["student"], share)
+    for key, p in roles["critic"].weights().items():
+        own, leader = before["critic"][key], before["student"][key]
+        torch.testing.assert_close(p.detach(), own + share * (leader - own))
+        assert torch.equal(roles["student"].weights()[key], leader)

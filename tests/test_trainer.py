@@ -112,6 +112,37 @@ def test_a_non_finite_loss_skips_that_update_alone(tmp_path, fault, round_):
     assert [line["critic/skipped"] for line in metrics(tmp_path)] == [float(done >= bad) for done in range(1, 6)]
 
 
+@dataclass(frozen=True)
+class Led(Objective):
+    """The toy game, in which the critic follows the student."""
+
+    share: float
+    inner: Toy = Toy()
+    steps: int = 1
+    sampler: str | None = None
+
+    @property
+    def needs(self):
+        return self.inner.needs
+
+    def round(self, step):
+        critic, student = self.inner.round(step)
+        return [critic, replace(student, followers={"critic": self.share})]
+
+
+def test_a_follower_moves_when_its_leader_has_moved(tmp_path):
+    def trained(share):
+        folder = tmp_path / str(share)
+        fit(replace(job(folder, rounds=1), objective=Led(share)))
+        return checkpoint.load(folder / "checkpoints/step-0000001")[0]
+
+    alone, half, copied = trained(0.0), trained(0.5), trained(1.0)
+    assert same(copied["critic"], copied["student"]) and not same(alone["critic"], alone["student"])
+    assert all(same(found["student"], alone["student"]) for found in (half, copied))
+    for key, value in half["critic"].items():
+        torch.testing.assert_close(value, (alone["critic"][key] + alone["student"][key]) / 2)
+
+
 def test_a_skipped_update_is_as_if_its_turn_had_not_been(tmp_path):
     whole = watched(tmp_path / "a", at=lambda r, player: NAN if (r, player) == (4, "student") else None)
     short = watched(tmp_path / "b", rounds=4)

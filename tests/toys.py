@@ -143,6 +143,22 @@ class Gaussian(nn.Module):
         return mean + self.gain(alpha, sigma, var) * (x - alpha * mean)
 
 
+def law(mean: float, var: float) -> Cond:
+    """A condition (leading axis 1) that tells a `Gaussian` its law."""
+    return Cond({"mean": times(mean)[None], "var": times(var)[None]})
+
+
+class Blind(nn.Module):
+    """The same law under every condition."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return self.inner(x, t, alpha, sigma, {})
+
+
 class Linear(nn.Module):
     """The one-step generator of N(mean, std^2) from pure noise, mean + std x, wherever it is asked."""
 
@@ -229,9 +245,13 @@ class World:
     nets: Nets
     players: dict[str, nn.Module]
     truth: Mixture
+    pairs: tuple[Tensor, Tensor] | None = None  # noise, and what the teacher draws from it
 
     def batch(self, n: int) -> Batch:
-        return Batch(NOTHING, (n, 2), self.truth.draw(n))
+        if self.pairs is None:
+            return Batch(NOTHING, (n, 2), self.truth.draw(n))
+        chosen = torch.randint(len(self.pairs[0]), (n,))
+        return Batch(NOTHING, (n, 2), self.pairs[1][chosen], self.pairs[0][chosen])
 
     def sampled(self, n: int = 2000) -> Tensor:
         """What the student draws as deployed."""
@@ -263,8 +283,13 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
         players["heads"] = ToyHeads(width)  # float32, as always
         judging = roles["critic"] if learns else teacher
         roles["judge"] = Discriminator(judging, Taps({"tap": block}, (width,)), players["heads"])
+    pairs = None
+    if objective.needs.pairs:
+        rng = stream(9, 0, 0, "noise")
+        noise = rng.normal((2048, 2))
+        pairs = noise, sample(teacher, noise, uniform_grid(50), NOTHING, rng=rng)
     step = STEPS[objective.sampler or "ddim"]
-    return World(Nets(teacher=teacher, grid=uniform_grid(objective.steps), step=step, **roles), players, truth)
+    return World(Nets(teacher=teacher, grid=uniform_grid(objective.steps), step=step, **roles), players, truth, pairs)
 
 
 def play(objective: Objective, world: World, rounds: int, batch: int, lr: float, seed: int = 0) -> None:
@@ -338,3 +363,18 @@ def game(
 ) -> Nets:
     """Nets with the given players; one step unless a grid says otherwise."""
     return Nets(student=student, teacher=teacher, grid=tuple(grid), step=step, critic=critic)
+
+
+def reverse_kl(a: float, sig: float, mu: float, s: float, m: float, r: float) -> tuple[float, float]:
+    """(sigma / alpha)^2 d KL(student_t || teacher_t) / d (m, r) for N(m, r^2) against N(mu, s^2): O1."""
+    v_s, v_r = a**2 * s**2 + sig**2, a**2 * r**2 + sig**2
+    return (m - mu) * sig**2 / v_s, a**2 * sig**2 * r * (r**2 - s**2) / (v_r * v_s)
+
+
+def expected_gradient(
+    objective: Objective, nets: Nets, rng: Quadrature, batch: Batch | None = None, term: str = "dm"
+) -> list[float]:
+    """E[d term / d (mean, std)] of a one-step student N(mean, std^2), exactly."""
+    losses = objective.student_loss(nets, batch or Batch(NOTHING, (len(rng), 1)), rng)
+    clean = nets.student.net.clean
+    return [g.item() for g in torch.autograd.grad(rng.mean(losses.terms[term]), [clean.mean, clean.std])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import islice
@@ -68,11 +68,15 @@ class Losses:
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimizer update of one player, or of others along with it where one loss teaches them together."""
+    """One optimizer update of one player, or of others along with it where one loss teaches them together.
+
+    followers: roles that are drawn after the player when it has moved, each by a share of the way, 0 (not at all) to 1 (they
+    become its copy). They must have weights of the same kind."""
 
     player: str
     loss: Callable[[Nets, Batch, Stream], Losses]
     others: tuple[str, ...] = ()
+    followers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def movers(self) -> tuple[str, ...]:
@@ -145,12 +149,17 @@ def full(t: float, n: int) -> Tensor:
 def simulate(nets: Nets, batch: Batch, rng: Stream) -> Prediction:
     """Backward simulation (DMD2, section 4.5): the student walks from noise to a randomly chosen step without a graph, and that
     step is predicted with one. All samples and processes share the step. Its x0 is what the deployed sampler would stand on."""
+    return simulate_step(nets, batch, rng)[1]
+
+
+def simulate_step(nets: Nets, batch: Batch, rng: Stream) -> tuple[float, Prediction]:
+    """`simulate`, with the time of the step that was chosen."""
     k = rng.shared.integer(len(nets.grid))
     x = rng.normal(batch.shape)
     with torch.no_grad():
         for visit in islice(_walk(nets, x, batch, rng), k):
             x = visit.x_s
-    return nets.student(x, full(nets.grid[k], len(x)), batch.cond)
+    return nets.grid[k], nets.student(x, full(nets.grid[k], len(x)), batch.cond)
 
 
 def denoise(critic: Denoiser, batch: Batch, x: Tensor, low: float, rng: Stream, *, by: Denoiser | Guided | None = None) -> Losses:

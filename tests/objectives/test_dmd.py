@@ -7,6 +7,7 @@ from toys import (
     NOTHING,
     SCHEDULES,
     TEACHERS,
+    Blind,
     Counted,
     Gaussian,
     Linear,
@@ -14,14 +15,18 @@ from toys import (
     Quadrature,
     denoiser,
     endpoint,
+    expected_gradient,
     game,
     gaussian,
+    law,
+    reverse_kl,
     times,
 )
 
-from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.denoiser import Denoiser, Guided
 from fewstep.objectives import Batch
 from fewstep.objectives.base import simulate
+from fewstep.objectives.decoupled import Decoupled
 from fewstep.objectives.dmd import DMD
 from fewstep.sampling import STEPS, uniform_grid
 from fewstep.stream import stream
@@ -37,24 +42,11 @@ ROWS = {
 }
 
 
-def formula(a, sig, mu, s, m, r):
-    v_s, v_r = a**2 * s**2 + sig**2, a**2 * r**2 + sig**2
-    return (m - mu) * sig**2 / v_s, a**2 * sig**2 * r * (r**2 - s**2) / (v_r * v_s)
-
-
-def student_gradient(objective, student, teacher, critic, **options):
-    """E[d loss / d (mean, std)] of a linear one-step student, exactly, in units of the unnormalised direction."""
-    rng = Quadrature(2, **options)
-    losses = objective.student_loss(game(student, teacher, critic), Batch(NOTHING, (len(rng), 1)), rng)
-    clean = student.net.clean
-    grads = torch.autograd.grad(rng.mean(losses.terms["dm"]), [clean.mean, clean.std])
-    return [g.item() * objective.floor for g in grads]
-
-
 def play(a, sig, mu, s, m, r, target):
     level = OneLevel(a, sig)
     student = denoiser(Linear(m, r), level, target)
-    return student_gradient(FLAT, student, gaussian([mu], [s**2], level, target), gaussian([m], [r**2], level, target))
+    nets = game(student, gaussian([mu], [s**2], level, target), gaussian([m], [r**2], level, target))
+    return [FLAT.floor * g for g in expected_gradient(FLAT, nets, Quadrature(2))]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -62,7 +54,7 @@ def play(a, sig, mu, s, m, r, target):
 def test_the_gradient_is_that_of_the_divergence(row, target):
     values, anchor = ROWS[row]
     found = play(*values, target)
-    assert found == pytest.approx(formula(*values), rel=1e-9)
+    assert found == pytest.approx(reverse_kl(*values), rel=1e-9)
     if anchor:
         assert found == pytest.approx(anchor, abs=1e-6)
 
@@ -142,30 +134,14 @@ def test_the_best_critic_knows_the_students_law(a, sig, m, r, target):
 # Guidance
 
 
-def pair(mean, var):
-    return Cond({"mean": times(mean)[None], "var": times(var)[None]})
-
-
 def guided_gradient(scale, conditional, unconditional, m, r):
     level, rng = OneLevel(0.8, 0.6), Quadrature(2)
     network = denoiser(Gaussian([9.0], [9.0]), level, "epsilon")  # its own law is never used: the conditions say
     student = denoiser(Linear(m, r), level, "epsilon")
     critic = denoiser(Blind(Gaussian([m], [r**2])), level, "epsilon")
-    batch = Batch(pair(*conditional).expand(len(rng)), (len(rng), 1))
-    losses = FLAT.student_loss(game(student, Guided(network, scale, pair(*unconditional)), critic), batch, rng)
-    clean = student.net.clean
-    return [g.item() * FLAT.floor for g in torch.autograd.grad(rng.mean(losses.terms["dm"]), [clean.mean, clean.std])]
-
-
-class Blind(nn.Module):
-    """The same law under every condition."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x, t, alpha, sigma, cond):
-        return self.inner(x, t, alpha, sigma, {})
+    batch = Batch(law(*conditional).expand(len(rng)), (len(rng), 1))
+    nets = game(student, Guided(network, scale, law(*unconditional)), critic)
+    return [FLAT.floor * g for g in expected_gradient(FLAT, nets, rng, batch)]
 
 
 def test_guidance_moves_the_fixed_point_by_the_distance_of_the_means():
@@ -191,6 +167,14 @@ def test_guidance_by_a_wider_law_costs_diversity():
 
 
 # Turns and backward simulation
+
+
+@pytest.mark.parametrize("kind", [DMD, Decoupled])
+def test_the_critic_follows_where_it_is_told_to(kind):
+    assert [turn.followers for turn in kind(ida=0.97, critic_turns=1).round(0)] == [{}, {"critic": pytest.approx(0.03)}]
+    assert not any(turn.followers for turn in kind().round(0))
+    with pytest.raises(ValueError, match="ida is the share of its weights that the critic keeps"):
+        kind(ida=1.5)
 
 
 @pytest.mark.parametrize("turns", [1, 5, 10])

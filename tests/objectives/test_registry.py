@@ -16,16 +16,20 @@ from fewstep.stream import stream
 
 # Where student, critic and teacher know the same law, these have nothing to learn. (Discrete consistency has its fixed point at
 # the composed steps of its teacher's solver: test_consistency.py.)
-AT_REST = {"dmd", "sid", "sim"}
+AT_REST = {"decoupled", "diff_instruct", "dmd", "sid", "sim", "vsd"}
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
 ROUNDS = {
     "consistency": 600,
+    "decoupled": 240,
+    "diff_instruct": 300,
     "dmd": 400,
+    "dmd1": 400,
     "rcm": 150,
     "scm": 300,
     "sid": 250,
     "sim": 250,
+    "vsd": 400,
 }
 
 
@@ -132,8 +136,9 @@ def test_it_improves_a_world_of_six_modes(name):
 
 @every
 def test_an_unknown_option_is_refused_by_name(name):
-    data = "images" if objectives()[name]().needs.images else "prompts"
-    tree = {"teacher": {"path": "zoo:sprites-sd"}, "data": {data: "zoo:sprites"}}
+    needs = objectives()[name]().needs
+    data = {"images" if needs.images else "prompts": "zoo:sprites", "pairs": 8 if needs.pairs else 0}
+    tree = {"teacher": {"path": "zoo:sprites-sd"}, "data": data}
     parse({**tree, "objective": {"name": name}})
     with pytest.raises(ValueError, match=r"objective\.samplr: unknown option; "):
         parse({**tree, "objective": {"name": name, "samplr": "ddim"}})
