@@ -119,16 +119,25 @@ class RectifiedFlow(NoiseSchedule):
 
 @dataclass(frozen=True)
 class EDM(NoiseSchedule):
-    """Variance-exploding path alpha = 1, sigma = sigma_max t^rho, fed ln(sigma) / 4 (Karras et al. 2022, table 1)."""
+    """Variance-exploding path alpha = 1, fed ln(sigma) / 4; sigma^(1/rho) runs straight from sigma_min, the least level above
+    the clean t = 0, to sigma_max (Karras et al. 2022, eq. 5 and table 1)."""
 
+    sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(t, dtype=torch.float64), self.sigma_max * t.double() ** self.rho
+        low, high = self._ends
+        sigma = (low + t.double() * (high - low)) ** self.rho
+        return torch.ones_like(t, dtype=torch.float64), torch.where(t > 0, sigma, 0.0)
 
     def t_of_ratio(self, ratio: Tensor) -> Tensor:
-        return (ratio.double() / self.sigma_max).clamp(0, 1) ** (1 / self.rho)
+        low, high = self._ends  # levels below sigma_min count as clean
+        return ((ratio.double() ** (1 / self.rho) - low) / (high - low)).clamp(0, 1)
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        return self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
 
     def model_time(self, t: Tensor) -> Tensor:
         return self.alpha_sigma(t)[1].log() / 4

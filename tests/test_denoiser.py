@@ -17,10 +17,6 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def levels(name):
-    return times(0.5, 0.625, 0.75, 0.875) if name == "edm" else T  # below, EDM's sigma falls under 1e-3
-
-
 def noised(schedule, t):
     x0 = torch.randn(len(t), 2, dtype=torch.float64)
     eps = torch.randn_like(x0)
@@ -29,7 +25,7 @@ def noised(schedule, t):
 
 @combinations
 def test_what_is_predicted_composes_to_the_input(name, target):
-    schedule, t = SCHEDULES[name], levels(name)
+    schedule, t = SCHEDULES[name], T
     x_t = noised(schedule, t)[2]
     p = gaussian(MEAN, VAR, schedule, target)(x_t, t, NOTHING)
     close(p.alpha * p.x0 + p.sigma * p.eps, x_t, 1e-9)
@@ -37,7 +33,7 @@ def test_what_is_predicted_composes_to_the_input(name, target):
 
 @combinations
 def test_a_network_that_hits_its_aim_returns_the_x0_and_noise_it_was_made_from(name, target):
-    schedule, t = SCHEDULES[name], levels(name)
+    schedule, t = SCHEDULES[name], T
     x0, eps, x_t = noised(schedule, t)
     oracle = Denoiser(None, schedule, target, lambda net, x, time, cond: oracle.aim(x0, eps, t))
     p = oracle(x_t, t, NOTHING)
@@ -47,7 +43,7 @@ def test_a_network_that_hits_its_aim_returns_the_x0_and_noise_it_was_made_from(n
 
 @combinations
 def test_native_is_what_the_network_said(name, target):
-    schedule, t = SCHEDULES[name], levels(name)
+    schedule, t = SCHEDULES[name], T
     out = torch.randn(4, 2, dtype=torch.float64)
     student = Denoiser(None, schedule, target, lambda net, x, time, cond: out)
     close(student.native(student(torch.randn(4, 2).double(), t, NOTHING), t), out, 1e-9)
@@ -55,7 +51,7 @@ def test_native_is_what_the_network_said(name, target):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_same_gaussian_is_the_same_prediction_in_every_target(name):
-    schedule, t = SCHEDULES[name], levels(name)
+    schedule, t = SCHEDULES[name], T
     x_t = noised(schedule, t)[2]
     mean, var = torch.tensor(MEAN).double(), torch.tensor(VAR).double()
     alpha, sigma = (c[:, None] for c in schedule.alpha_sigma(t))
@@ -138,7 +134,7 @@ def guided(name, target, scale):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0, 7.5])
 def test_guidance_between_gaussians_is_a_gaussian_with_the_mean_moved(name, target, scale):
     teacher, _ = guided(name, target, scale)
-    x_t, t = torch.randn(4, 2).double(), levels(name)
+    x_t, t = torch.randn(4, 2).double(), T
     moved = gaussian([u + scale * (c - u) for c, u in zip(C, U)], VAR, teacher.schedule, target)
     a, b = teacher(x_t, t, condition(C, 4)), moved(x_t, t, NOTHING)
     close(a.x0, b.x0, 1e-4)
@@ -166,7 +162,7 @@ def test_both_halves_are_one_batch():
 def test_guidance_in_x0_is_the_pipelines_formula_on_the_networks_output(name, target):
     """T10: u + g (c - u) of Diffusers' pipelines, c + w (c - u) of LCM with g = 1 + w."""
     teacher, _ = guided(name, target, 4.0)
-    x_t, t = torch.randn(4, 2).double(), levels(name)
+    x_t, t = torch.randn(4, 2).double(), T
     raw = Exact(Gaussian(MEAN, VAR), teacher.schedule, target)
     time = teacher.schedule.model_time(t).float()
     c, u = raw(x_t, time, condition(C, 4)), raw(x_t, time, condition(U, 4))

@@ -17,8 +17,7 @@ hosts = pytest.mark.parametrize("host", ["trig", "flow", "sd", "edm"])
 
 def places(host, matched):
     """Inputs and times where the two schedules overlap."""
-    low = 0.7 if host == "edm" else 0.05
-    t = low + (min(matched.highest, 1.0) - low) * torch.rand(N, dtype=torch.float64)
+    t = 0.05 + (min(matched.highest, 1.0) - 0.05) * torch.rand(N, dtype=torch.float64)
     return torch.randn(N, 2, dtype=torch.float64), t
 
 

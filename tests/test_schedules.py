@@ -99,7 +99,7 @@ def test_a_flow_networks_clock_runs_between_its_ends(schedule):
 
 def test_an_edm_network_is_fed_a_quarter_of_log_sigma():
     schedule = EDM()
-    close(schedule.model_time(schedule.t_of_ratio(times(0.002, 1.0, 80.0))), [math.log(0.002) / 4, 0.0, math.log(80) / 4])
+    close(schedule.model_time(schedule.t_of_ratio(times(0.01, 1.0, 80.0))), [math.log(0.01) / 4, 0.0, math.log(80) / 4])
 
 
 def test_trigflow_is_rectified_flow_in_another_clock():
