@@ -21,7 +21,7 @@ AT_REST = {"decoupled", "diff_instruct", "dmd", "sid", "sim", "vsd"}
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
 ROUNDS = {
     "consistency": 600,
-    "decoupled": 240,
+    "decoupled": 320,
     "diff_instruct": 300,
     "dmd": 400,
     "dmd1": 400,
