@@ -100,8 +100,9 @@ def gradient_penalty(logits: Tensor, x: Tensor) -> Tensor:
 def jitter_penalty(logits: Tensor, jittered: Tensor, std: float) -> Tensor:
     """R1 or R2 without a second derivative: E[((D(x + std n) - D(x)) / std)^2] (B,), mean over the logits, n ~ N(0, I).
 
-    Both logits must be of the SAME x, noise and time: against another x it would measure how samples differ. It tends to
-    |grad_x D|^2 as std -> 0 (Seaweed-APT, arXiv 2501.08316, section 3.3, whose form is not divided by std^2)."""
+    Both logits must be of the SAME x, noise and time: against another x it would measure how samples differ. As std -> 0
+    it tends to the mean over the logits of |grad_x D_k|^2 (Seaweed-APT, arXiv 2501.08316, section 3.3, without its std^2);
+    `gradient_penalty` has the slope of their mean, K times less where each of K logits looks at a place of its own."""
     return flat_mean((_wide(jittered) - _wide(logits)).square()) / std**2
 
 

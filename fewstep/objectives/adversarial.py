@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fewstep.heads import KINDS, Heads
-from fewstep.losses import CONTESTS, flat_mean, mse
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.contest import View, contest, looked
+from fewstep.losses import CONTESTS, flat_mean
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, denoise, register
+from fewstep.objectives.contest import View, contest, looked, noised, overheard
 from fewstep.objectives.dmd import DMD
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -28,7 +28,8 @@ class Adversarial(Objective):
     2405.14867), ladd (several blocks of the frozen teacher, a logit a token; arXiv 2403.12015), projected (one of its blocks);
     taps: other blocks for them. loss: a key of CONTESTS. weight: of the student's term; judge_weight: of the heads' beside the
     critic's own. low, high, shift: times to which samples are noised before they are judged. paired: real and fake share time
-    and noise. r1, r2: weights of the gradient penalties of real and fake; jitter: the approximate ones' step, 0 for the exact.
+    and noise. shared: heads on the critic read the very pass in which it denoises, at its times, where DMD2 noises afresh.
+    r1, r2: weights of the gradient penalties of real and fake; jitter: the approximate ones' step, 0 for the exact.
     The heads learn in the critic's turns, from the samples it has; where the inner objective has none, in a turn before the
     student's, from samples of the student's turn. An inner objective that trains heads keeps them: only the term is added.
     Deviation: heads and critic move together as in DMD2, but by an optimizer each, so that their rates may differ.
@@ -44,6 +45,7 @@ class Adversarial(Objective):
     high: float = 1.0
     shift: float = 1.0
     paired: bool = False
+    shared: bool = True
     r1: float = 0.0
     r2: float = 0.0
     jitter: float = 0.01
@@ -89,10 +91,12 @@ class Adversarial(Objective):
         return wrapped
 
     def student_loss(self, turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
-        """The inner loss, and weight x the contest's loss of a fresh noising of its sample."""
-        losses = turn.loss(nets, batch, rng)
+        """The inner loss, and weight x the contest's loss of its sample, noised afresh or as the inner loss noised it."""
+        losses, fake = self._played(turn, nets, batch, rng)
         assert losses.sample is not None, "an objective hands on its student's sample"
-        rules, views = CONTESTS[self.loss], self._views(nets, batch, losses.sample, rng.child("adversary"))
+        if fake is not None and not fake.x_t.requires_grad:  # of no use to the student
+            fake = None
+        rules, views = CONTESTS[self.loss], self._views(nets, batch, losses.sample, fake, rng.child("adversary"))
         seen = looked(nets, views if rules.pairs else views[1:], batch.cond)
         term = self.weight * flat_mean(rules.student(seen[0], seen[-1]))
         return replace(losses, terms={**losses.terms, "adversary": term})
@@ -100,34 +104,38 @@ class Adversarial(Objective):
     def denoise(self, student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """What keeps a critic that the inner objective has not a denoiser: its native loss on samples of the student's turn."""
         assert nets.critic is not None
-        x = _sample(student, nets, batch, rng)
-        t, eps = Uniform(self.low, self.high).sample(len(x), rng), rng.normal_like(x)
-        prediction = nets.critic(nets.critic.schedule.add_noise(x, eps, t), t, batch.cond)
-        return Losses({"denoise": mse(nets.critic.native(prediction, t), nets.critic.aim(x, eps, t))}, sample=x)
+        return denoise(nets.critic, batch, _sample(student, nets, batch, rng), self.low, rng)
 
     def critic_loss(self, student: Turn, turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """The critic's own loss and judge_weight x the heads', on the same samples."""
-        losses = turn.loss(nets, batch, rng)
-        heads = self.heads_loss(student, losses.sample, nets, batch, rng.child("adversary"))
+        losses, fake = self._played(turn, nets, batch, rng)
+        heads = self.heads_loss(student, losses.sample, nets, batch, rng.child("adversary"), fake)
         return replace(losses, terms={**losses.terms, **heads.terms}, stats={**losses.stats, **heads.stats})
 
-    def heads_loss(self, student: Turn, sample: Tensor | None, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+    def heads_loss(
+        self, student: Turn, sample: Tensor | None, nets: Nets, batch: Batch, rng: Stream, fake: View | None = None
+    ) -> Losses:
         """judge_weight x (the contest's loss and the penalties), all from one pass of the network."""
         if sample is None:
             sample = _sample(student, nets, batch, rng)
-        real, fake = self._views(nets, batch, sample.detach(), rng)
-        losses = contest(nets, batch.cond, real, fake, CONTESTS[self.loss], rng, r1=self.r1, r2=self.r2, jitter=self.jitter)
+        views = self._views(nets, batch, sample.detach(), fake, rng)
+        losses = contest(nets, batch.cond, *views, CONTESTS[self.loss], rng, r1=self.r1, r2=self.r2, jitter=self.jitter)
         return replace(losses, terms={k: self.judge_weight * v for k, v in losses.terms.items()})
 
-    def _views(self, nets: Nets, batch: Batch, sample: Tensor, rng: Stream) -> list[View]:
-        """(x_t, t) of noised real data and of the noised sample."""
+    def _played(self, turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses, View | None]:
+        share = self.shared and not self.paired and self.needs.heads.backbone == "critic"
+        return overheard(turn, nets, batch, rng) if share else (turn.loss(nets, batch, rng), None)
+
+    def _views(self, nets: Nets, batch: Batch, sample: Tensor, fake: View | None, rng: Stream) -> tuple[View, View]:
+        """Noised real data and the noised sample: at the times of a fake that is judged already, or at times of their own."""
         assert batch.latents is not None
+        if fake is not None:
+            return noised(nets, batch.latents, fake.t, rng.child("real")), fake
         views = []
         for name, x in (("real", batch.latents), ("fake", sample)):
             own = rng.child("both" if self.paired else name)
-            t = Uniform(self.low, self.high, self.shift).sample(len(x), own)
-            views.append((nets.student.schedule.add_noise(x, own.normal_like(x), t), t))
-        return views
+            views.append(noised(nets, x, Uniform(self.low, self.high, self.shift).sample(len(x), own), own))
+        return views[0], views[1]
 
 
 def _sample(student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Tensor:

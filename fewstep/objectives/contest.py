@@ -4,24 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.denoiser import Cond, cat
+from fewstep.denoiser import Cond, Denoiser, Prediction, cat
 from fewstep.losses import Contest, flat_mean, gradient_penalty, health, jitter_penalty
-from fewstep.objectives.base import Losses, Nets
+from fewstep.objectives.base import Batch, Judge, Losses, Nets, Turn
 from fewstep.stream import Stream
 
-View = tuple[Tensor, Tensor]  # x_t (B, C, *S) at t (B,)
+
+@dataclass(frozen=True)
+class View:
+    """What heads are shown, x_t (B, C, *S) at t (B,), and the logits (B, K) where a pass has given them already."""
+
+    x_t: Tensor
+    t: Tensor
+    logits: Tensor | None = None
 
 
-def looked(nets: Nets, views: Sequence[View], cond: Cond) -> tuple[Tensor, ...]:
-    """Logits (B, K) of each view under the same conditions, from one pass."""
+@dataclass(frozen=True, kw_only=True)
+class Overheard(Denoiser):
+    """The denoiser that a judge listens to, its passes judged on the way: one pass gives the score and the features."""
+
+    judge: Judge
+    views: list[View] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, judge: Judge) -> Overheard:
+        return cls(**{f.name: getattr(denoiser, f.name) for f in fields(denoiser)}, judge=judge)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, g: Tensor | None = None, r: Tensor | None = None) -> Prediction:
+        if not torch.is_grad_enabled() or g is not None or r is not None:  # a score alone, or of a network asked otherwise
+            return super().__call__(x_t, t, cond, g=g, r=r)
+        prediction, logits = self.judge.both(x_t, t, cond)
+        self.views.append(View(x_t, t, logits))
+        return prediction
+
+
+def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses, View | None]:
+    """A turn's losses, and its critic's pass, judged on the way, where there is exactly one with a graph."""
+    if nets.critic is None:
+        return turn.loss(nets, batch, rng), None
     assert nets.judge is not None
-    x_t, t = (torch.cat(parts) for parts in zip(*views, strict=True))
-    return nets.judge.logits(x_t, t, cat([cond] * len(views))).chunk(len(views))
+    critic = Overheard.of(nets.critic, nets.judge)
+    losses = turn.loss(replace(nets, critic=critic), batch, rng)
+    return losses, critic.views[0] if len(critic.views) == 1 else None
+
+
+def noised(nets: Nets, x: Tensor, t: Tensor, rng: Stream) -> View:
+    """x (B, C, *S) noised afresh to t (B,)."""
+    return View(nets.student.schedule.add_noise(x, rng.normal_like(x), t), t)
+
+
+def looked(nets: Nets, views: Sequence[View], cond: Cond) -> list[Tensor]:
+    """Logits (B, K) of each view under the same conditions, from one pass over those that have none yet."""
+    assert nets.judge is not None
+    seen = {i: view.logits for i, view in enumerate(views) if view.logits is not None}
+    new = [i for i in range(len(views)) if i not in seen]
+    if new:
+        x_t, t = torch.cat([views[i].x_t for i in new]), torch.cat([views[i].t for i in new])
+        seen |= zip(new, nets.judge.logits(x_t, t, cat([cond] * len(new))).chunk(len(new)), strict=True)
+    return [seen[i] for i in range(len(views))]
 
 
 def contest(
@@ -32,15 +78,17 @@ def contest(
     jitter: the standard deviation of the step by which the slope is measured (`jitter_penalty`); 0 differentiates twice. All from
     one pass of the network; `stats` say how the heads do."""
     asked = [(name, i, weight) for i, (name, weight) in enumerate((("r1", r1), ("r2", r2))) if weight]
-    views, exact = [real, fake], bool(asked) and not jitter
-    if exact:
-        views = [(x_t.detach().requires_grad_(), t) for x_t, t in views]
-    # The same x_t at the same t, moved a little: never a fresh noising, which would be another question.
-    moved = [] if exact else [(views[i][0] + jitter * rng.normal_like(views[i][0]), views[i][1]) for _, i, _ in asked]
+    views, moved, exact = [real, fake], [], bool(asked) and not jitter
+    for _, i, _ in asked:
+        x_t, t = views[i].x_t.detach(), views[i].t
+        if exact:
+            views[i] = View(x_t.requires_grad_(), t)
+        else:  # the same x_t at the same t, moved a little: never a fresh noising, which would be another question
+            moved.append(View(x_t + jitter * rng.normal_like(x_t), t))
     with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():  # fused attention has no second derivative
         seen = looked(nets, [*views, *moved], cond)
         terms = {"judge": flat_mean(rules.judge(seen[0], seen[1]))}
         for k, (name, i, weight) in enumerate(asked):
-            slope = gradient_penalty(seen[i], views[i][0]) if exact else jitter_penalty(seen[i], seen[2 + k], jitter)
+            slope = gradient_penalty(seen[i], views[i].x_t) if exact else jitter_penalty(seen[i], seen[2 + k], jitter)
             terms[name] = weight * slope
     return Losses(terms, health(seen[0], seen[1]))

@@ -1,0 +1,253 @@
+"""The wrapper adds a contest to whatever it wraps, and changes nothing else."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from toys import NOTHING, OneLevel, gaussian, play, ring, stream, times
+
+from fewstep.config import parse
+from fewstep.losses import CONTESTS
+from fewstep.objectives import Batch, Losses, Nets, Turn
+from fewstep.objectives.adversarial import Adversarial
+from fewstep.objectives.consistency import Consistency
+from fewstep.objectives.contest import View, contest
+from fewstep.objectives.dmd import DMD
+from fewstep.sampling import ddim
+
+RULES = CONTESTS["non_saturating"]
+
+
+@dataclass
+class Asked:
+    """A judge with a known logit that keeps what it was shown."""
+
+    logit: object
+    shown: list
+
+    def logits(self, x_t, t, cond):
+        self.shown.append((x_t, t))
+        return self.logit(x_t)
+
+
+def asked(logit=lambda x: x.sum(1, keepdim=True)):
+    return Asked(logit, [])
+
+
+def nets(judge, level=(0.8, 0.6)):
+    player = gaussian([0.0], [1.0], OneLevel(*level), "epsilon")
+    return Nets(student=player, teacher=player, grid=(1.0,), step=ddim, judge=judge)
+
+
+def learned(objective, rounds=2):
+    """(a toy world that is no longer at its start, its players, how many samples each pass of its critic or judge had)."""
+    torch.manual_seed(0)
+    world = ring(objective)
+    play(objective, world, rounds, 32, 1e-3)
+    passes = []
+
+    def call(net, x, time, cond):
+        passes.append(len(x))
+        return net(x, time, cond)
+
+    critic = replace(world.nets.critic, call=call)
+    judge = replace(world.nets.judge, denoiser=replace(world.nets.judge.denoiser, call=call))
+    return world, replace(world.nets, critic=critic, judge=judge), passes
+
+
+def kinds(turns):
+    return [turn.movers for turn in turns]
+
+
+def test_the_heads_learn_where_there_is_something_to_learn_from():
+    two = DMD(critic_turns=2)
+    assert kinds(Adversarial(inner=two, heads="dmd2").round(0)) == [("critic", "heads")] * 2 + [("student",)]
+    assert kinds(Adversarial(inner=two, heads="ladd").round(0)) == [("critic", "heads")] * 2 + [("student",)]
+    alone = Consistency()
+    assert kinds(Adversarial(inner=alone, heads="ladd").round(0)) == [("heads",), ("student",)]
+    assert kinds(Adversarial(inner=alone, heads="dmd2").round(0)) == [("critic", "heads"), ("student",)]
+    assert Adversarial(inner=alone, heads="dmd2").needs.roles == ("critic", "heads")
+    assert Adversarial(inner=alone, heads="ladd").needs.roles == ("heads",)
+
+
+@pytest.mark.parametrize("inner", [DMD(steps=2, critic_turns=1), Consistency(steps=2)])
+@pytest.mark.parametrize("heads", ["dmd2", "ladd"])
+def test_what_it_wraps_is_left_as_it_is(inner, heads):
+    """The inner objective's terms are those that it has alone, to the bit, in every turn of its own."""
+    objective = Adversarial(inner=inner, heads=heads, weight=0.7)
+    world = ring(objective)
+    play(objective, world, 2, 32, 1e-3)
+    batch = world.batch(16)
+    own = {turn.player: turn for turn in inner.round(0)}
+    for turn in objective.round(0):
+        if turn.player in own:
+            wrapped = turn.loss(world.nets, batch, stream(3, 0, 0, 0))
+            alone = own[turn.player].loss(world.nets, batch, stream(3, 0, 0, 0))
+            assert all(torch.equal(wrapped.terms[name], alone.terms[name]) for name in alone.terms)
+            assert set(wrapped.terms) - set(alone.terms) == ({"adversary"} if turn.player == "student" else {"judge"})
+
+
+def test_one_pass_of_the_critic_gives_its_score_and_the_heads_features():
+    """Shared, a critic's turn runs it on n samples, and on n real ones as far as the tap; apart, on 2 n as far as the tap."""
+    seen = {}
+    for shared in (True, False):
+        objective = Adversarial(inner=DMD(steps=1, critic_turns=1), shared=shared)
+        world, players, passes = learned(objective)
+        turn, before = objective.round(0)[0], len(passes)
+        losses = turn.loss(players, world.batch(16), stream(0, 0, 0, 0))
+        assert set(losses.terms) == {"denoise", "judge"}
+        seen[shared] = passes[before:]
+    assert seen == {True: [16, 16], False: [16, 32]}
+
+
+def test_a_shared_view_has_the_logits_that_a_pass_of_its_own_would_give():
+    objective = Adversarial(inner=DMD(steps=1, critic_turns=1))
+    world, players, _ = learned(objective)
+    shown, judge = [], players.judge
+
+    class Ear:
+        def logits(self, x_t, t, cond):
+            shown.append((x_t, t, judge.logits(x_t, t, cond)))
+            return shown[-1][2]
+
+        def both(self, x_t, t, cond):
+            prediction, logits = judge.both(x_t, t, cond)
+            shown.append((x_t, t, logits))
+            return prediction, logits
+
+    losses = objective.round(0)[0].loss(replace(players, judge=Ear()), world.batch(16), stream(0, 0, 0, 0))
+    (x_t, t, fake), (_, t_real, real) = shown
+    torch.testing.assert_close(fake, judge.logits(x_t, t, NOTHING))
+    assert torch.equal(t, t_real)  # real and fake are told apart by what they show, not by when
+    torch.testing.assert_close(losses.terms["judge"], objective.judge_weight * RULES.judge(real, fake).mean(1))
+    assert float(losses.stats["gap"]) == pytest.approx(float((real - fake).mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("inner", ["detached", "attached"])
+def test_the_student_shares_a_pass_only_where_its_sample_has_a_way_through(inner):
+    """A score at a detached x_t (distribution matching) has nothing to teach the student by: then the term has its own pass."""
+    objective = Adversarial(inner=DMD(steps=1, critic_turns=1), weight=1.0)
+    world, players, passes = learned(objective)
+    x = torch.randn(16, 2, requires_grad=True)
+
+    def loss(nets, batch, rng):
+        with torch.no_grad():
+            nets.critic(x, times(0.3).expand(16), NOTHING)  # a score alone is never listened to
+        seen = nets.critic(0.5 * (x if inner == "attached" else x.detach()), times(0.5).expand(16), NOTHING)
+        return Losses({"toy": seen.x0.mean(1)}, sample=x)
+
+    before = len(passes)
+    losses = objective.student_loss(Turn("student", loss), players, world.batch(16), stream(0, 0, 0, 0))
+    assert len(passes) - before == (2 if inner == "attached" else 3)
+    (grad,) = torch.autograd.grad(losses.terms["adversary"].sum(), losses.sample)
+    assert bool((grad.abs().sum(1) > 0).all())
+
+
+@pytest.mark.parametrize("loss", CONTESTS)
+def test_the_students_term_is_the_contests_loss_of_its_noised_sample(loss):
+    """... whose gradient reaches the sample through the noising: alpha d loss / d logit for a logit that is a sum."""
+    judge, x = asked(), torch.randn(64, 1, dtype=torch.float64, requires_grad=True)
+    inner = Turn("student", lambda nets, batch, rng: Losses({}, sample=x))
+    batch = Batch(NOTHING, (64, 1), torch.randn(64, 1, dtype=torch.float64))
+    objective = Adversarial(heads="ladd", loss=loss, weight=0.5)
+    losses = objective.student_loss(inner, nets(judge), batch, stream(0, 0, 0, 0))
+    ((shown, t),) = judge.shown
+    parts = [part.detach().requires_grad_() for part in shown.sum(1, keepdim=True).chunk(2 if loss == "relativistic" else 1)]
+    expected = 0.5 * CONTESTS[loss].student(parts[0], parts[-1]).mean(1)
+    torch.testing.assert_close(losses.terms["adversary"], expected)
+    (slope,) = torch.autograd.grad(expected.sum(), parts[-1])
+    torch.testing.assert_close(torch.autograd.grad(losses.total * 64, x)[0], 0.8 * slope)
+    assert len(shown) == 64 * len(parts) and float(t.min()) >= 0.001
+
+
+def views(**options):
+    judge = asked()
+    batch = Batch(NOTHING, (512, 1), torch.zeros(512, 1, dtype=torch.float64))
+    objective = Adversarial(heads="ladd", **options)
+    sample = torch.zeros(512, 1, dtype=torch.float64)
+    losses = objective.heads_loss(None, sample, nets(judge), batch, stream(0, 0, 0, 0))
+    ((x_t, t),) = judge.shown
+    return losses, x_t.chunk(len(x_t) // 512), t.chunk(len(t) // 512)
+
+
+def test_real_and_fake_have_times_and_noises_of_their_own_unless_paired():
+    _, (real, fake), (t_real, t_fake) = views()
+    assert not torch.equal(t_real, t_fake) and abs(float(torch.corrcoef(torch.cat([real, fake], 1).T)[0, 1])) < 0.15
+    _, (real, fake), (t_real, t_fake) = views(paired=True)
+    assert torch.equal(t_real, t_fake) and torch.equal(real, fake)
+
+
+def test_times_are_those_that_were_asked_for():
+    _, _, (t, _) = views(low=0.2, high=0.6, shift=3.0)
+    assert float(t.min()) >= 0.2 and float(t.max()) <= 0.6 and float(t.mean()) > 0.43
+
+
+@pytest.mark.parametrize("side", ["r1", "r2"])
+def test_the_slope_is_measured_at_the_very_input_that_is_judged(side):
+    """The trap: a clean or a freshly noised real in the place of the jittered one. Same noise, same time, a step of 0.01."""
+    losses, shown, at = views(**{side: 2.0})
+    judged = {"r1": 0, "r2": 1}[side]
+    assert len(shown) == 3 and torch.equal(at[2], at[judged])
+    step = (shown[2] - shown[judged]) / 0.01
+    assert 0.9 < float(step.std()) < 1.1 and abs(float(step.mean())) < 0.15
+    torch.testing.assert_close(losses.terms[side], 1e-2 * 2.0 * step.square()[:, 0])
+    assert set(losses.terms) == {"judge", side}
+
+
+def test_exact_and_approximate_penalties_cost_one_pass_and_agree():
+    curved = asked(lambda x: torch.tanh(2 * x).sum(1, keepdim=True))
+    x = torch.linspace(-1, 1, 4001, dtype=torch.float64)[:, None]
+    view = View(x, times(0.5).expand(4001))
+    found = {
+        jitter: contest(nets(curved), NOTHING, view, view, RULES, stream(0, 0, 0, 0), r1=1.0, r2=3.0, jitter=jitter)
+        for jitter in (0.0, 1e-3)
+    }
+    assert len(curved.shown) == 2
+    exact = (2 / torch.cosh(2 * x) ** 2).square()[:, 0]
+    torch.testing.assert_close(found[0.0].terms["r1"], exact)
+    torch.testing.assert_close(found[0.0].terms["r2"], 3 * exact)
+    for name, weight in (("r1", 1), ("r2", 3)):
+        assert float(found[1e-3].terms[name].mean()) == pytest.approx(weight * float(exact.mean()), rel=0.06)
+
+
+def test_an_exact_penalty_is_not_taken_of_logits_that_have_no_way_back():
+    """A shared fake was judged before anyone asked for its slope: it is judged again."""
+    judge = asked(lambda x: 2 * x)
+    fake = View(torch.randn(8, 1).double(), times(0.5).expand(8), torch.zeros(8, 1).double())
+    real = View(torch.randn(8, 1).double(), times(0.5).expand(8))
+    losses = contest(nets(judge), NOTHING, real, fake, RULES, stream(0, 0, 0, 0), r1=0.0, r2=1.0, jitter=0.0)
+    torch.testing.assert_close(losses.terms["r2"], torch.full((8,), 4.0).double())
+    assert len(judge.shown[0][0]) == 16
+
+
+def test_heads_report_how_they_do():
+    losses, *_ = views()
+    assert {"gap", "gap_std", "accuracy", "clipped"} <= set(losses.stats)
+    assert abs(float(losses.stats["gap"])) < 0.1 and abs(float(losses.stats["accuracy"]) - 0.5) < 0.1
+
+
+def test_heads_come_to_tell_apart_what_differs():
+    """Taught by turns alone, heads on the frozen teacher end near the logit that is best, log p_real - log p_student."""
+    objective = Adversarial(inner=Consistency(steps=1), heads="ladd", judge_weight=1.0, low=0.1, high=0.12)
+    torch.manual_seed(0)
+    world = ring(objective)
+    turn = next(turn for turn in objective.round(0) if turn.player == "heads")
+    batch, rng = world.batch(256), stream(0, 0, 0, 0)
+    shifted = batch.latents + torch.tensor([1.5, 0.0])
+    optimizer = torch.optim.Adam(world.players["heads"].parameters(), 3e-3)
+    for i in range(60):
+        losses = objective.heads_loss(turn, shifted, world.nets, batch, rng.child(str(i)))
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(losses.stats["gap"]) > 1 and float(losses.stats["accuracy"]) > 0.75
+    assert float(losses.terms["judge"].detach().mean()) < 0.8 * 2 * math.log(2)
+
+
+@pytest.mark.parametrize("data", [{"images": "zoo:sprites"}, {"prompts": "zoo:sprites", "pairs": 64}])
+def test_the_real_are_images_or_the_teachers_own_samples(data):
+    tree = {"teacher": {"path": "zoo:sprites-sd"}, "objective": {"name": "adversarial"}, "data": data}
+    assert parse(tree).objective.needs.images
+    with pytest.raises(ValueError, match="objective adversarial needs images"):
+        parse({**tree, "data": {"prompts": "zoo:sprites"}})
