@@ -25,6 +25,7 @@ ROUNDS = {
     "diff_instruct": 300,
     "dmd": 400,
     "dmd1": 400,
+    "f_distill": 330,
     "rcm": 150,
     "scm": 300,
     "sid": 250,

@@ -1,0 +1,98 @@
+"""Distribution matching for other divergences than the reverse KL, by the ratio that discriminator heads see (f-distill, Xu et
+al. 2025, arXiv 2502.15681)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from fewstep.divergences import divergence, relative
+from fewstep.heads import Heads
+from fewstep.losses import CONTESTS, flat_mean, non_saturating, normalised, push
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register, simulate
+from fewstep.objectives.contest import contest, noised
+from fewstep.objectives.dmd import following, learn, statistics
+from fewstep.schedules import like
+from fewstep.stream import Stream
+from fewstep.times import Uniform
+
+
+@register("f_distill")
+@final
+@dataclass(frozen=True, kw_only=True)
+class FDistill(Objective):
+    """`dmd` with its GAN term, whose direction weighs h(r) times as much where real data are r times as likely as the student's
+    samples. Images, since heads learn r from them.
+
+    divergence: which f, and so which h. rkl is `dmd`; kl, jeffreys cover what the student misses; neyman, softened leave what it
+    alone draws; js and squared_hellinger lie between. steps: of the deployed student. critic_turns: updates of critic and heads a
+    student update. heads, taps: as for `adversarial`. weight: of the GAN term; judge_weight: of the heads' loss beside the
+    critic's. bins: ranges of time in each of which r is made to average 1. low, high, floor, ida: as for `dmd`.
+    Deviations: the averages of r and of h are those of a process's batch at hand, not moving ones, so a batch should hold several
+    samples a bin (the paper: 10 bins, batches of 512); heads and critic move together, by an optimizer each.
+    """
+
+    steps: int = 4
+    sampler: str | None = None
+    divergence: Literal["js", "kl", "rkl", "softened", "squared_hellinger", "neyman", "jeffreys"] = "js"
+    heads: Literal["dmd2", "ladd", "projected"] = "dmd2"
+    taps: tuple[str, ...] = ()
+    critic_turns: int = 5
+    weight: float = 3e-3
+    judge_weight: float = 1e-2
+    bins: int = 4
+    low: float = 0.02
+    high: float = 0.98
+    critic_low: float = 0.001
+    floor: float = 1e-4
+    ida: float = 1.0
+
+    def __post_init__(self) -> None:
+        divergence(self.divergence)
+        following(self.ida)
+        if self.bins < 1:
+            raise ValueError(f"bins is a number of ranges of time, at least 1, not {self.bins}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(roles=("critic", "heads"), images=True, heads=Heads(self.heads, self.taps))
+
+    def round(self, step: int) -> list[Turn]:
+        student = Turn("student", self.student_loss, followers=following(self.ida))
+        return [Turn("critic", self.critic_loss, ("heads",))] * self.critic_turns + [student]
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """h x `dmd`'s direction (theorem 1), and weight x softplus(-D) at the same x_t."""
+        assert nets.critic is not None and nets.judge is not None
+        x = simulate(nets, batch, rng).x0
+        t = Uniform(self.low, self.high).sample(len(x), rng)
+        x_t = nets.student.schedule.add_noise(x, rng.normal_like(x), t)
+        logits = nets.judge.logits(x_t, t, batch.cond)
+        with torch.no_grad():
+            real, fake = nets.teacher(x_t, t, batch.cond).x0, nets.critic(x_t, t, batch.cond).x0
+            h = self.weights(logits, t)
+            direction = like(h, x) * normalised(fake - real, x, real, self.floor)
+        terms = {"dm": push(x, direction), "adversary": self.weight * flat_mean(non_saturating(logits))}
+        return Losses(terms, statistics(x, direction) | {"largest_weight": h.max()}, x)
+
+    def weights(self, logits: Tensor, t: Tensor) -> Tensor:
+        """h(r) (B,), averaging 1 over the batch, of r = exp(mean logit) that averages 1 in each bin of t (algorithm 1)."""
+        place = ((t - self.low) / (self.high - self.low) * self.bins).long().clamp(0, self.bins - 1)
+        h = divergence(self.divergence).weight(relative(flat_mean(logits), place))
+        return h / h.mean()
+
+    def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """Denoising loss of the critic on the student's samples, and judge_weight x the heads' loss, which tells them, noised,
+        from noised real data."""
+        assert batch.latents is not None
+        losses = learn(nets, batch, rng, self.critic_low)
+        assert losses.sample is not None
+        times = Uniform(self.low, self.high)
+        real, fake = (noised(nets, x, times.sample(len(x), rng), rng) for x in (batch.latents, losses.sample))
+        rules = CONTESTS["non_saturating"]  # its best logit is log r
+        told = contest(nets, batch.cond, real, fake, rules, rng, r1=0.0, r2=0.0, jitter=0.0)
+        judged = {k: self.judge_weight * v for k, v in told.terms.items()}
+        return replace(losses, terms={**losses.terms, **judged}, stats=told.stats)
