@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from fewstep.config import ATTENTION, Config, differences, parse, stepped
 from fewstep.config import load as load_config
 from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.experts import PhasedExperts, hand_over, switches
 from fewstep.heads import Discriminator
-from fewstep.networks import Role, build, heads_role, set_weights, swapped
+from fewstep.networks import Role, build, gather, heads_role, set_weights, swapped
 from fewstep.objectives import Nets
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
@@ -40,7 +41,7 @@ class Study:
 
     config: Config
     teacher: Teacher
-    roles: dict[str, Role]
+    roles: dict[str, Role | PhasedExperts]
     sampler: str
     grid: tuple[float, ...]
 
@@ -63,6 +64,14 @@ class Study:
         """A role (possibly wrapped) as it is, deployed on a grid."""
         return self.teacher.denoiser(net, self.guidance, grid or self.grid)
 
+    def student(self, net: nn.Module, grid: tuple[float, ...] = ()) -> Denoiser:
+        """The student's role (possibly wrapped), deployed on a grid; its experts, if it has some, in their places."""
+        role = self.roles["student"]
+        if not isinstance(role, PhasedExperts):
+            return self.player(net, grid)
+        one = self.player(role.experts[0], grid)
+        return replace(one, net=net, call=hand_over, switches=switches(self.grid, self.config.phases))
+
     def nets(self, modules: Mapping[str, nn.Module]) -> Nets:
         """The players as the objective sees them."""
         critic = self.player(modules["critic"]) if "critic" in modules else None
@@ -70,7 +79,7 @@ class Study:
         if "heads" in modules:
             taps = heads.taps_on(self.roles[heads.backbone].net)
             judge = Discriminator(self.player(modules[heads.backbone]), taps, modules["heads"])
-        student, teacher = self.player(modules["student"]), self.guided(modules["teacher"])
+        student, teacher = self.student(modules["student"]), self.guided(modules["teacher"])
         return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge)
 
     def pairs(self) -> Pairs | None:
@@ -82,7 +91,7 @@ class Study:
     def draw_student(self, prompts: Sequence[str], steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3), with the weights its role has now."""
         times = self.teacher.grid(steps, self.sampler)
-        student = self.player(self.roles["student"], times)
+        student = self.student(self.roles["student"], times)
         return generate(self.teacher, student, self.teacher.encode(prompts), times, self.sampler, seed=seed, bar=bar)
 
     def draw_teacher(self, prompts: Sequence[str], steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
@@ -101,9 +110,6 @@ def open_study(config: Config) -> Study:
     objective, family = config.objective, teacher.family
     sampler = objective.sampler or next(iter(family.samplers))
     grid = teacher.deployed_grid(objective.steps, sampler)
-    wanted = {"student": config.student_kind()}
-    if "critic" in objective.needs.roles:
-        wanted["critic"] = config.critic.kind()
     backend = ATTENTION[config.train.attention]
     if backend != "native":
         try:
@@ -112,14 +118,15 @@ def open_study(config: Config) -> Study:
             raise ValueError(
                 f"train.attention: {config.train.attention} does not work here ({error}); sdpa always does"
             ) from error
-    roles = build(
+    built = build(
         teacher.net,
-        wanted,
+        config.kinds(),
         lora_targets=family.lora_targets,
         dtype=getattr(torch, config.train.dtype),
         checkpointing=config.train.checkpointing,
         seed=config.train.seed,
     )
+    roles = gather(built, config.phases, family.call)
     if "heads" in objective.needs.roles:
         roles["heads"] = heads_role(roles, objective.needs.heads, config.train.seed)
     return Study(config, teacher, roles, sampler, grid)
@@ -165,7 +172,7 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
             )
         if newest := checkpoint.latest(folder / "checkpoints"):
             checkpoint.inspect(newest)  # before anything is loaded or written
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator(config.train, partly=config.phases > 1)
     study = open_study(config)
     study.teacher.net.to(accelerator.device)
     source = open_source(
@@ -253,6 +260,8 @@ class Run:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
         from fewstep.export import export
 
+        if self.config.phases > 1:
+            raise ValueError("a student of several experts cannot be exported yet; sample and judge its run folder")
         record: dict[str, Any] = {
             "config": self.config.model_dump(mode="json"),
             "round": int(self.place.name.split("-")[1]),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer, field_validator
 
-from fewstep.networks import Full, Lora
+from fewstep.networks import Full, Lora, expert_names
 from fewstep.objectives import Objective, objectives
 from fewstep.trainer import Settings
 
@@ -40,6 +40,12 @@ class WeightsConfig(_Strict):
         return Full() if self.weights == "full" else Lora(self.rank, self.alpha)
 
 
+class StudentConfig(WeightsConfig):
+    """phases: experts that share the deployed steps among them, in order of time; None: as many as the objective needs."""
+
+    phases: int | None = Field(default=None, ge=1)
+
+
 class DataConfig(_Strict):
     """Exactly one of: prompts (zoo:sprites or a .txt, .jsonl, .csv file), images (zoo:sprites or a folder with captions).
 
@@ -57,7 +63,7 @@ class Config(_Strict):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     teacher: TeacherConfig
-    student: WeightsConfig = WeightsConfig()
+    student: StudentConfig = StudentConfig()
     critic: WeightsConfig = WeightsConfig()
     objective: Any
     data: DataConfig
@@ -67,6 +73,16 @@ class Config(_Strict):
         """How the student is trained, with the inputs that the objective gives its network."""
         kind, inputs = self.student.kind(), self.objective.needs.inputs
         return dataclasses.replace(kind, inputs=inputs) if isinstance(kind, Full) else kind
+
+    @property
+    def phases(self) -> int:
+        """Of how many experts the student is made."""
+        return self.student.phases or self.objective.needs.phases
+
+    def kinds(self) -> dict[str, Full | Lora]:
+        """The roles to build on the teacher's network, and how."""
+        wanted = dict.fromkeys(expert_names(self.phases), self.student_kind())
+        return wanted | ({"critic": self.critic.kind()} if "critic" in self.objective.needs.roles else {})
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -162,7 +178,7 @@ def override(tree: dict[str, Any], text: str) -> None:
 def parse(tree: Mapping[str, Any]) -> Config:
     """A config from plain data. Raises ValueError naming the first unknown, missing or wrong setting and a remedy."""
     check_keys(tree, Config.model_fields, "")
-    for part, kind in (("teacher", TeacherConfig), ("student", WeightsConfig), ("critic", WeightsConfig), ("data", DataConfig)):
+    for part, kind in (("teacher", TeacherConfig), ("student", StudentConfig), ("critic", WeightsConfig), ("data", DataConfig)):
         check_keys(tree.get(part, {}), kind.model_fields, part)
     check_keys(tree.get("train", {}), [f.name for f in dataclasses.fields(Settings)], "train")
     _check_objective(tree.get("objective"), "objective")
@@ -180,13 +196,24 @@ def parse(tree: Mapping[str, Any]) -> Config:
             f"objective {name}, set like this, feeds the student's network the {' and the '.join(needs.inputs)}, "
             "for which it needs weights of its own: set student: {weights: full}"
         )
+    kinds = config.kinds()
     for turn in config.objective.round(0):
         for role in turn.followers:
-            if getattr(config, role) != getattr(config, turn.player):
+            if role not in kinds or kinds[role] != kinds.get(turn.player):
                 raise ValueError(
                     f"the {role} follows the {turn.player}, so both need the same weights: "
                     f"write the same settings under {turn.player} and {role}"
                 )
+    if needs.phases not in (1, config.phases):
+        raise ValueError(f"objective {name} is set to {needs.phases} phases; leave student.phases away, or set it to the same")
+    if config.objective.steps % config.phases:
+        raise ValueError(
+            f"student.phases: {config.objective.steps} steps cannot be shared out over {config.phases} experts; choose a divisor"
+        )
+    if config.train.rounds < needs.rounds:
+        raise ValueError(
+            f"train.rounds: objective {name}, set like this, needs at least {needs.rounds} rounds, not {config.train.rounds}"
+        )
     if needs.pairs and not config.data.pairs:
         raise ValueError(
             f"objective {name} needs pairs of noise and the teacher's sample from it: "

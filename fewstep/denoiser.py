@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +81,7 @@ class Bound:
     """A network with further inputs, which its family's `call` need not know."""
 
     net: Callable[..., object]
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, object]
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.net(*args, **kwargs, **self.inputs)
@@ -96,6 +96,7 @@ class Denoiser:
     dtype: what the network is fed; None leaves x_t as it comes.
     guidance, grid: of a network that takes the guidance scale or the end of its jump (`embedders`), what it is fed where a call
     names neither: that scale, and the next of the deployed times `grid` below t (0 after the last).
+    switches: of a mixture of experts (`experts`), the falling times at and below which the next expert answers.
     """
 
     net: Callable[..., object]
@@ -105,6 +106,7 @@ class Denoiser:
     dtype: torch.dtype | None = None
     guidance: float | None = None
     grid: tuple[float, ...] = ()
+    switches: tuple[float, ...] = ()
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, g: Tensor | None = None, r: Tensor | None = None) -> Prediction:
         """The prediction at x_t (B, C, *S) and t (B,) in (0, 1], float64 on the CPU.
@@ -122,14 +124,19 @@ class Denoiser:
     def told(
         self, t: Tensor, g: Tensor | None, r: Tensor | None, device: torch.device, dtype: torch.dtype
     ) -> Callable[..., object]:
-        """The network, with the guidance scale g and the end r (or their defaults) where there are any."""
+        """The network, with the guidance scale g, the end r (or their defaults) and the experts at t where there are any."""
         if g is None and self.guidance is not None:
             g = torch.full_like(t, self.guidance)
         if r is None and self.grid:
             ends = torch.tensor((0.0, *sorted(self.grid)), dtype=torch.float64)
             r = ends[(torch.searchsorted(ends, t.double() - 1e-9) - 1).clamp(min=0)]
         given = {"guidance_scale": g, "end_time": r}
-        inputs = {k: v.to(device=device, dtype=dtype, non_blocking=True) for k, v in given.items() if v is not None}
+        inputs: dict[str, object] = {
+            k: v.to(device=device, dtype=dtype, non_blocking=True) for k, v in given.items() if v is not None
+        }
+        if self.switches:
+            places = torch.tensor(self.switches, dtype=torch.float64)
+            inputs["experts"] = (t.double()[:, None] <= places + 1e-9).sum(1).tolist()
         return Bound(self.net, inputs) if inputs else self.net
 
     def solve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fewstep import embedders
+from fewstep.experts import PhasedExperts
 from fewstep.heads import Enough, Heads
 
 
@@ -169,9 +170,23 @@ def _inject(base: nn.Module, name: str, kind: Lora, targets: list[str], seed: in
             p.requires_grad_(False)
 
 
-def heads_role(roles: Mapping[str, Role], heads: Heads, seed: int) -> Role:
+def heads_role(roles: Mapping[str, Role | PhasedExperts], heads: Heads, seed: int) -> Role:
     """Discriminator heads as a role, float32, on the network whose features they judge."""
     return Role("heads", heads.build(roles[heads.backbone].net, seed), owns=True, dtype=torch.float32)
+
+
+def expert_names(phases: int) -> tuple[str, ...]:
+    """The roles that the student's experts are built as; the student itself where it is one network."""
+    return ("student",) if phases == 1 else tuple(f"student_{k}" for k in range(phases))
+
+
+def gather(roles: Mapping[str, Role], phases: int, call: Callable[..., Tensor]) -> dict[str, Role | PhasedExperts]:
+    """The roles with the student's experts, if it has some, as one role. call: the family's."""
+    names = expert_names(phases)
+    if phases == 1:
+        return dict(roles)
+    others: dict[str, Role | PhasedExperts] = {name: role for name, role in roles.items() if name not in names}
+    return {**others, "student": PhasedExperts("student", [roles[name] for name in names], call)}
 
 
 def parameter_bytes(roles: Iterable[Role]) -> int:
@@ -180,7 +195,7 @@ def parameter_bytes(roles: Iterable[Role]) -> int:
     return sum(seen.values())
 
 
-def set_weights(role: Role, tensors: Mapping[str, Tensor]) -> None:
+def set_weights(role: Role | PhasedExperts, tensors: Mapping[str, Tensor]) -> None:
     """Copies named tensors into a role's own parameters. Raises ValueError if the names differ."""
     own = role.weights()
     if missing := sorted(set(own) ^ set(tensors)):
@@ -195,7 +210,7 @@ def set_weights(role: Role, tensors: Mapping[str, Tensor]) -> None:
 class swapped:
     """Runs a block with other weights in a role, and puts its own back."""
 
-    def __init__(self, role: Role, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, role: Role | PhasedExperts, weights: Mapping[str, Tensor]) -> None:
         self.role, self.weights = role, weights
 
     def __enter__(self) -> None:
@@ -207,7 +222,7 @@ class swapped:
 
 
 @torch.no_grad()
-def follow(role: Role, leader: Role, share: float) -> None:
+def follow(role: Role | PhasedExperts, leader: Role | PhasedExperts, share: float) -> None:
     """Moves a role's weights a share of the way towards a leader's of the same kind: w + share (leader's - w).
 
     Adapters move matrix by matrix. That mixes their products only to first order, and wants the same start, which adapters of

@@ -13,7 +13,7 @@ from fewstep.config import Config
 from fewstep.deploy import falling, seen_times
 from fewstep.families import Family, family_of, make_scheduler, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
-from fewstep.networks import Full, Lora, build, heads_role
+from fewstep.networks import build, gather, heads_role
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -37,10 +37,7 @@ def plan(config: Config) -> dict[str, Any]:
         falling(schedule, seen, n)
         grids[str(n)] = [round(x, 3) for x in seen]
     base = sum(p.numel() for p in net.parameters())
-    wanted: dict[str, Full | Lora] = {"student": config.student_kind()}
-    if "critic" in config.objective.needs.roles:
-        wanted["critic"] = config.critic.kind()
-    roles = build(net, wanted, lora_targets=family.lora_targets)
+    roles = gather(build(net, config.kinds(), lora_targets=family.lora_targets), config.phases, family.call)
     if "heads" in config.objective.needs.roles:
         with torch.device("meta"):
             roles["heads"] = heads_role(roles, config.objective.needs.heads, config.train.seed)

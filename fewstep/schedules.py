@@ -55,6 +55,17 @@ class NoiseSchedule(ABC):
         scale, std = self.kernel(s, t)
         return like(scale, x_s) * x_s + like(std, x_s) * noise
 
+    def kernel_target(self, x_s: Tensor, noise: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x0, eps) whose mean given x_t = `forward_kernel(x_s, noise, s, t)`, s < t, is the exact prediction at x_t.
+
+        Whatever the law of x_s: E[noise | x_t] = -std score(x_t), so eps = noise sigma_t / std is unbiased, and x0 is what
+        alpha x0 + sigma eps = x_t makes of it; (noise, x_s) themselves are biased for s > 0, exact for s = 0. Its variance grows
+        like 1 / std^2 (Phased DMD, arXiv 2510.27684; solved for x0 without dividing by alpha_t)."""
+        (a_s, sigma_s), (_, sigma_t) = self.alpha_sigma(s), self.alpha_sigma(t)
+        scale, std = self.kernel(s, t)
+        back = scale * sigma_s**2 / (a_s * std)
+        return like(1 / a_s, x_s) * x_s - like(back, x_s) * noise, like(sigma_t / std, x_s) * noise
+
 
 @dataclass(frozen=True)
 class DiscreteVP(NoiseSchedule):

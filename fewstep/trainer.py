@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from fewstep import checkpoint
 from fewstep.data import Source
 from fewstep.ema import Ema
+from fewstep.experts import PhasedExperts
 from fewstep.monitor import Log, Meter
 from fewstep.networks import Role, follow, set_weights
 from fewstep.objectives.base import Batch, Losses, Nets, Objective
@@ -72,7 +73,7 @@ class Job:
     student with the given weights; identity is stored with every checkpoint."""
 
     objective: Objective
-    roles: dict[str, Role]
+    roles: dict[str, Role | PhasedExperts]
     nets: Callable[[Mapping[str, nn.Module]], Nets]
     source: Source
     settings: Settings
@@ -86,10 +87,13 @@ class Diverged(ValueError):
 
 
 class Player:
-    """A trained role with its optimizer. A non-finite gradient skips the update on every process, and is counted."""
+    """A trained role with its optimizer. A non-finite gradient skips the update on every process, and is counted.
 
-    def __init__(self, role: Role, settings: Settings, accelerator: Accelerator) -> None:
+    restarts: whether it may be told to start afresh, for which its first weights are kept."""
+
+    def __init__(self, role: Role | PhasedExperts, settings: Settings, accelerator: Accelerator, restarts: bool) -> None:
         self.role = role
+        self.first = {k: p.detach().to("cpu", copy=True) for k, p in role.weights().items()} if restarts else {}
         self.keys = list(role.weights())
         self.parameters = list(role.weights().values())
         optimizer = torch.optim.AdamW(
@@ -113,6 +117,11 @@ class Player:
         self.streak = (self.streak + 1) * bad
         return torch.where(bad > 0, 0.0, norm)
 
+    def restart(self) -> None:
+        """Back to the weights from before training, with an optimizer that knows nothing."""
+        set_weights(self.role, self.first)
+        self.optimizer.optimizer.state.clear()
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.optimizer.state
         return {f"{k}:{name}": v for k, p in zip(self.keys, self.parameters, strict=True) for name, v in state.get(p, {}).items()}
@@ -124,12 +133,15 @@ class Player:
             state[own[key]][part] = value.to(own[key].device)
 
 
-def make_accelerator(settings: Settings) -> Accelerator:
-    """The process group and device of a run. Raises ValueError where CUDA is asked for and absent."""
+def make_accelerator(settings: Settings, *, partly: bool = False) -> Accelerator:
+    """The process group and device of a run; partly: some turn asks only a part of its player, as of a mixture of experts.
+
+    Raises ValueError where CUDA is asked for and absent."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device is cuda, but this machine has no usable CUDA device; set train.device to cpu or auto")
     cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, step_scheduler_with_optimizer=False)
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if partly else None
+    return Accelerator(cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers)
 
 
 def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = None) -> Path:
@@ -137,10 +149,11 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
     settings = job.settings
     accelerator = accelerator or make_accelerator(settings)
     device = str(accelerator.device)
-    names = ("student", *job.objective.needs.roles)
+    needs = job.objective.needs
+    names = ("student", *needs.roles)
     for role in job.roles.values():
         role.net.to(accelerator.device)
-    players = {name: Player(job.roles[name], settings, accelerator) for name in names}
+    players = {name: Player(job.roles[name], settings, accelerator, name in needs.restarts) for name in names}
     nets = job.nets({**job.roles, **{name: p.module for name, p in players.items()}})
     ema = Ema(job.roles["student"].weights(), settings.ema)
     log, start = Log(job.folder, accelerator.is_main_process), 0
@@ -158,6 +171,8 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
                 batch = Batch(cond.to(device), (settings.batch, *job.source.shape), latents, noise)
                 for name, player in players.items():
                     player.role.requires_grad_(name in turn.movers)
+                if turn.fresh:
+                    players[turn.player].restart()
                 losses: Losses = turn.loss(nets, batch, rng)
                 accelerator.backward(losses.total)
                 for name in turn.movers:

@@ -20,11 +20,13 @@ CASES = [
     ("zimage", "full", "dmd"),
     ("sd", "full", "adversarial"),
     ("sd", "lora", "critic-added"),
+    ("sd", "lora", "phased"),
 ]
 DMD = {"name": "dmd", "steps": 2, "critic_turns": 1}
 OBJECTIVES = {
     "dmd": DMD,
     "adversarial": {"name": "adversarial", "inner": DMD},
+    "phased": {"name": "phased_dmd", "steps": 2, "critic_turns": 1, "phase_rounds": 2},
     "critic-added": {"name": "adversarial", "inner": {"name": "consistency", "steps": 2, "solver_steps": 4}, "heads": "dmd2"},
 }
 
@@ -48,7 +50,7 @@ def config(teacher, weights, objective, folder, **train):
             "student": {"weights": weights, "rank": 2},
             "critic": {"weights": weights, "rank": 2},
             "objective": OBJECTIVES[objective],
-            "data": {"prompts": f"{folder}/prompts.txt"} if objective == "dmd" else {"images": f"{folder}/images"},
+            "data": {"prompts": f"{folder}/prompts.txt"} if objective in ("dmd", "phased") else {"images": f"{folder}/images"},
             "train": settings,
         }
     )
@@ -133,7 +135,7 @@ def ran(tmp_path_factory):
 def test_the_replicas_of_every_role_stay_identical(ran, case):
     (first, second), _, _ = ran
     assert first[case] == second[case]
-    assert len(first[case]["start"]) == (2 if case.endswith("dmd") else 3)
+    assert len(first[case]["start"]) == (2 if case.endswith(("dmd", "phased")) else 3)
     assert all(first[case]["start"][role] != first[case]["end"][role] for role in first[case]["start"])
 
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -189,3 +190,56 @@ def test_ddim_steps_are_those_of_diffusers(scheduler, target):
         ours = ddim(student.schedule, prediction, times(s, s), stream(0, 0, 0, 0))
         close(ours, scheduler.step(out, i, x).prev_sample, 1e-6)  # its last alpha is a float32 1
         x = ours
+
+
+# Score matching above a level s > 0.
+
+
+def moments(law):
+    """Nodes and weights of x0 ~ N(0.4, 0.9^2) on the straight path at s = 0.5, or of two points, times those of a normal draw."""
+    z, w = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(8))
+    x_s, share = {"normal": (0.2 + 0.4525**0.5 * z, w / w.sum()), "points": (times(-1.0, 2.0), times(0.3, 0.7))}[law]
+    nodes = torch.cartesian_prod(x_s, z)
+    return nodes[:, 0], nodes[:, 1], torch.cartesian_prod(share, w / w.sum()).prod(1)
+
+
+@every
+@pytest.mark.parametrize("law", ["normal", "points"])
+@pytest.mark.parametrize("s, t", [(0.5, 0.8), (0.25, 0.3), (0.7, 0.99)])
+def test_the_target_above_a_level_is_unbiased_for_any_law(schedule, law, s, t):
+    """T13: E[eps g(x_t)] = sigma_t E[g'(x_t)] for eps = -sigma score (integrate by parts); here g = 1, x, x^2, x^3."""
+    x_s, noise, share = moments(law)
+    s, t = (torch.full_like(x_s, v) for v in (s, t))
+    alpha, sigma = schedule.alpha_sigma(t)
+    x_t = schedule.forward_kernel(x_s, noise, s, t)
+    x0, eps = schedule.kernel_target(x_s, noise, s, t)
+    close(alpha * x0 + sigma * eps, x_t, 1e-9)
+    for k in range(4):
+        close((share * eps * x_t**k).sum() / sigma[0], (share * k * x_t ** max(k - 1, 0)).sum(), 1e-9)
+
+
+def test_noise_minus_sample_is_no_target_above_a_level():
+    """T13: of x0 ~ N(0.4, 0.81) on the straight path, brought to 0.8 by way of 0.5: intercept -0.476, not -0.270."""
+    schedule = RectifiedFlow()
+    x_s, noise, share = moments("normal")
+    s, t = torch.full_like(x_s, 0.5), torch.full_like(x_s, 0.8)
+    x_t = schedule.forward_kernel(x_s, noise, s, t)
+    x0, eps = schedule.kernel_target(x_s, noise, s, t)
+    mean = (share * x_t).sum()
+
+    def intercept(target):
+        slope = (share * target * (x_t - mean)).sum() / (share * (x_t - mean) ** 2).sum()
+        return ((share * target).sum() - slope * mean).item()
+
+    assert intercept(eps - x0) == pytest.approx(-0.476, abs=1e-3)
+    assert intercept(noise - x_s) == pytest.approx(-0.270, abs=1e-3)
+
+
+@every
+def test_above_clean_data_the_target_is_the_usual_one_to_the_bit(schedule):
+    """T14."""
+    x, noise = torch.randn(2, 41, generator=torch.Generator().manual_seed(0))
+    t, s = GRID.clamp(min=0.001), torch.zeros(41, dtype=torch.float64)
+    x0, eps = schedule.kernel_target(x, noise, s, t)
+    assert torch.equal(x0, x) and torch.equal(eps, noise)
+    assert torch.equal(schedule.forward_kernel(x, noise, s, t), schedule.add_noise(x, noise, t))

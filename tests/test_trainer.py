@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import save, tiny_sd_pipeline
 from torch import nn
 
@@ -320,6 +322,7 @@ def setup(teacher, data, tmp_path, monkeypatch, request):
         options = {
             "dmd": {"steps": 2, "critic_turns": 1},
             "consistency": {"steps": 2, "solver_steps": 4},
+            "phased_dmd": {"steps": 2, "phase_rounds": 2, "critic_turns": 1},
             "adversarial": {"inner": {"name": "dmd", "steps": 2, "critic_turns": 1}, "r1": 0.1},
         }[objective]
         chosen = {"rounds": 1, "batch": 2, "lr": 1e-3, "save_every": 3, "log_every": 1, "device": "cpu", **train}
@@ -329,7 +332,7 @@ def setup(teacher, data, tmp_path, monkeypatch, request):
                 "student": {"weights": weights, "rank": 2},
                 "critic": {"weights": weights, "rank": 2},
                 "objective": {"name": objective, **options},
-                "data": data["dmd" if objective == "dmd" else "consistency"],
+                "data": data["dmd" if objective.endswith("dmd") else "consistency"],
                 "train": chosen,
             }
         )
@@ -346,20 +349,42 @@ def weights_of(run):
     return contents(checkpoint.latest(run / "checkpoints"))
 
 
-@pytest.mark.parametrize(("objective", "weights"), [("dmd", "lora"), ("consistency", "full"), ("adversarial", "lora")])
+@pytest.mark.parametrize(
+    ("objective", "weights"), [("dmd", "lora"), ("consistency", "full"), ("adversarial", "lora"), ("phased_dmd", "lora")]
+)
 def test_resume_is_bitwise(setup, tmp_path, objective, weights):
+    """Of phased_dmd inside its second phase: the critic that started anew there goes on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     api.train(setup(objective, weights, rounds=6), whole)
     api.train(setup(objective, weights, rounds=3), parts)
     first = weights_of(parts)
     api.train(setup(objective, weights, rounds=6), parts, resume=True)
-    roles = {"student", *setup(objective).objective.needs.roles}
+    roles = {"student", *setup(objective, rounds=6).objective.needs.roles}
     assert weights_of(whole).keys() == {"state.json", "ema.safetensors"} | {
         f"{kind}{role}.safetensors" for role in roles for kind in ("", "optimizer-")
     }
     assert weights_of(parts) == weights_of(whole) and first.keys() == weights_of(whole).keys()
     assert all(first[name] != value for name, value in weights_of(whole).items())
     assert metrics(parts) == metrics(whole) and len(metrics(whole)) == 6
+
+
+def test_resume_between_two_phases_is_bitwise(setup, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    api.train(setup("phased_dmd", rounds=3), whole)
+    api.train(setup("phased_dmd", rounds=3, save_every=2), parts)
+    shutil.rmtree(parts / "checkpoints/step-0000003")
+    api.train(setup("phased_dmd", rounds=3), parts, resume=True)
+    assert weights_of(parts) == weights_of(whole)
+    steps = load_file(whole / "checkpoints/step-0000003/optimizer-critic.safetensors")
+    assert {int(v) for k, v in steps.items() if k.endswith(":step")} == {1}  # of the second phase alone
+
+
+def test_another_objective_trains_a_mixture_too(setup, tmp_path):
+    config = setup("consistency", "full", rounds=2)
+    mixed = config.model_copy(update={"student": config.student.model_copy(update={"phases": 2})})
+    weights = api.train(mixed, tmp_path / "run").weights
+    assert {k.split(".")[0] for k in weights} == {"0", "1"}
+    assert any(not torch.equal(v, weights[f"1{k[1:]}"]) for k, v in weights.items() if k[0] == "0")
 
 
 def test_a_run_folder_holds_what_the_design_names(setup, tmp_path, monkeypatch):

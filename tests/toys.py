@@ -4,14 +4,16 @@ A `clean` module maps (x (B, D), t, alpha, sigma, named conditions) to x0; `deno
 that every test goes through the Denoiser that real networks use.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import TARGETS, Cond, Denoiser, Guided
+from fewstep.experts import PhasedExperts, hand_over, switches
 from fewstep.heads import Discriminator, Taps
 from fewstep.objectives import Batch, Nets, Objective
 from fewstep.sampling import STEPS, Step, renoise, sample, uniform_grid
@@ -276,6 +278,10 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
         name: Learner(base, 2).to(dtype or torch.float32) for name in ("student", *objective.needs.roles) if name != "heads"
     }
     roles = {name: Denoiser(net, schedule, "flow", call, dtype) for name, net in players.items()}
+    if (phases := objective.needs.phases) > 1:
+        players["student"] = PhasedExperts("student", [Learner(base, 2).to(dtype or torch.float32) for _ in range(phases)], call)
+        places = switches(uniform_grid(objective.steps), phases)
+        roles["student"] = replace(roles["student"], net=players["student"], call=hand_over, switches=places)
     teacher = Denoiser(base, schedule, "flow", call)
     if "heads" in objective.needs.roles:
         learns = heads.backbone == "critic"
@@ -295,11 +301,15 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
 def play(objective: Objective, world: World, rounds: int, batch: int, lr: float, seed: int = 0) -> None:
     """The trainer in miniature: turns in order, one Adam a player, all draws from (seed, round, turn)."""
     optimizers = {name: torch.optim.Adam(net.parameters(), lr=lr, fused=True) for name, net in world.players.items()}
+    first = {name: copy.deepcopy(world.players[name].state_dict()) for name in objective.needs.restarts}
     torch.manual_seed(seed)  # for the data
     for round_ in range(rounds):
         for i, turn in enumerate(objective.round(round_)):
             for name, net in world.players.items():
                 net.requires_grad_(name in turn.movers)
+            if turn.fresh:
+                world.players[turn.player].load_state_dict(first[turn.player])
+                optimizers[turn.player].state.clear()
             turn.loss(world.nets, world.batch(batch), stream(seed, 0, round_, i)).total.backward()
             for name in turn.movers:
                 optimizers[name].step()

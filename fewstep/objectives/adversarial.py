@@ -86,7 +86,7 @@ class Adversarial(Objective):
                     wrapped.append(Turn("heads", partial(self.heads_loss, student, None)))
                 turn = replace(turn, loss=partial(self.student_loss, turn))
             elif turn.player == "critic" and beside:
-                turn = Turn("critic", partial(self.critic_loss, student, turn), (*turn.others, "heads"))
+                turn = replace(turn, loss=partial(self.critic_loss, student, turn), others=(*turn.others, "heads"))
             wrapped.append(turn)
         return wrapped
 

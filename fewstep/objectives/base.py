@@ -71,12 +71,14 @@ class Turn:
     """One optimizer update of one player, or of others along with it where one loss teaches them together.
 
     followers: roles that are drawn after the player when it has moved, each by a share of the way, 0 (not at all) to 1 (they
-    become its copy). They must have weights of the same kind."""
+    become its copy). They must have weights of the same kind.
+    fresh: before it, the player goes back to the weights it had before training, and its optimizer forgets."""
 
     player: str
     loss: Callable[[Nets, Batch, Stream], Losses]
     others: tuple[str, ...] = ()
     followers: Mapping[str, float] = field(default_factory=dict)
+    fresh: bool = False
 
     @property
     def movers(self) -> tuple[str, ...]:
@@ -88,13 +90,17 @@ class Turn:
 class Needs:
     """What an objective cannot do without: trained roles besides the student; clean data; the noise behind it, which only the
     teacher's own samples have; which heads, where "heads" is among the roles; and what the student's network takes besides
-    (`embedders`: "guidance_scale", "end_time")."""
+    (`embedders`: "guidance_scale", "end_time"). phases: how many experts the student must be, if not one network; restarts: the
+    roles that some turn starts afresh; rounds: below how many of them the method would end unfinished."""
 
     roles: tuple[str, ...] = ()
     images: bool = False
     pairs: bool = False
     heads: Heads = field(default_factory=Heads)
     inputs: tuple[str, ...] = ()
+    phases: int = 1
+    restarts: tuple[str, ...] = ()
+    rounds: int = 1
 
 
 class Objective(ABC):
@@ -146,15 +152,18 @@ def full(t: float, n: int) -> Tensor:
     return torch.full((n,), t, dtype=torch.float64)
 
 
-def simulate(nets: Nets, batch: Batch, rng: Stream) -> Prediction:
+def simulate(nets: Nets, batch: Batch, rng: Stream, among: range | None = None) -> Prediction:
     """Backward simulation (DMD2, section 4.5): the student walks from noise to a randomly chosen step without a graph, and that
-    step is predicted with one. All samples and processes share the step. Its x0 is what the deployed sampler would stand on."""
-    return simulate_step(nets, batch, rng)[1]
+    step is predicted with one. All samples and processes share the step. Its x0 is what the deployed sampler would stand on.
+
+    among: the steps to choose from, all of them by default."""
+    return simulate_step(nets, batch, rng, among)[1]
 
 
-def simulate_step(nets: Nets, batch: Batch, rng: Stream) -> tuple[float, Prediction]:
+def simulate_step(nets: Nets, batch: Batch, rng: Stream, among: range | None = None) -> tuple[float, Prediction]:
     """`simulate`, with the time of the step that was chosen."""
-    k = rng.shared.integer(len(nets.grid))
+    among = among or range(len(nets.grid))
+    k = among[rng.shared.integer(len(among))]
     x = rng.normal(batch.shape)
     with torch.no_grad():
         for visit in islice(_walk(nets, x, batch, rng), k):
