@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fewstep.schedules import NoiseSchedule
@@ -45,3 +47,20 @@ class LogNormal:
     def sample(self, n: int, rng: Stream, schedule: NoiseSchedule) -> Tensor:
         """n times (n,) of the schedule, float64; ratios beyond its ends are its ends."""
         return schedule.t_of_ratio((self.mean + self.std * rng.gaussian(n)).exp())
+
+
+@dataclass(frozen=True)
+class UShaped:
+    """Density proportional to e^(slope u) + e^(slope (1 - u)) on [0, 1]: most at both ends, where reflow is hard (Lee et al.,
+    arXiv 2405.20320, section 4.1; slope 4 there)."""
+
+    slope: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.slope <= 0:
+            raise ValueError(f"the slope of U-shaped times must be positive, not {self.slope}")
+
+    def sample(self, n: int, rng: Stream) -> Tensor:
+        """n times (n,), float64."""
+        u = (rng.uniform(n) * math.expm1(self.slope)).log1p() / self.slope
+        return torch.where(rng.uniform(n) < 0.5, u, 1 - u)

@@ -21,6 +21,7 @@ AT_REST = {"decoupled", "diff_instruct", "dmd", "sid", "sim", "vsd"}
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
 ROUNDS = {
+    "boot": 250,
     "consistency": 600,
     "decoupled": 320,
     "diff_instruct": 300,
@@ -29,6 +30,8 @@ ROUNDS = {
     "f_distill": 330,
     "phased_dmd": 300,
     "rcm": 150,
+    "reflow": 200,
+    "regression": 150,
     "scm": 300,
     "sid": 250,
     "sim": 250,

@@ -1,0 +1,102 @@
+"""Rectified flow on the teacher's own pairs, and the one-step student that such pairs teach by regression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Prediction
+from fewstep.losses import mse
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register
+from fewstep.sampling import ddim, rollout
+from fewstep.schedules import like
+from fewstep.stream import Stream
+from fewstep.times import UShaped
+
+
+@register("reflow")
+@final
+@dataclass(frozen=True, kw_only=True)
+class Reflow(Objective):
+    """Between a noise and what the teacher draws from it the student goes straight: its velocity anywhere on that line is
+    sample - noise, so that trajectories stop crossing and few steps suffice (Liu et al., arXiv 2209.03003, eq. 1 with k = 2).
+
+    slope: of the U-shaped times; huber: c of sqrt(|d|^2 + c^2) - c with |d| the root mean square of a sample's error (both: Lee
+    et al., Improving the Training of Rectified Flows, arXiv 2405.20320, section 4; |d| is a Euclidean norm there).
+    Teacher pairs (data.pairs) are needed. Any schedule: the student is asked where the noise ratio is the line's, at most at its
+    own noise end, which gets the pure noise that a sampler starts from, though a table leaves a trace of data there.
+    Deviation: no perceptual term (LPIPS), since latents have none.
+    """
+
+    steps: int = 2
+    sampler: str | None = None
+    slope: float = 4.0
+    huber: float = 0.03
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(pairs=True)
+
+    def round(self, step: int) -> list[Turn]:
+        return [Turn("student", self.student_loss)]
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """Pseudo-Huber of velocity - (noise - sample), which on the straight path at u is (sample - x0) / u."""
+        assert batch.latents is not None and batch.noise is not None
+        schedule, x0 = nets.student.schedule, batch.latents
+        u = UShaped(self.slope).sample(len(x0), rng)
+        t = schedule.t_of_ratio(u / (1 - u)).clamp(1e-3, 1.0)
+        alpha, sigma = schedule.alpha_sigma(t)
+        start = t >= 1
+        x_t = torch.where(like(start, x0).bool(), batch.noise, schedule.add_noise(x0, batch.noise, t))
+        prediction = nets.student(x_t, t, batch.cond)
+        slope = like(torch.where(start, 1.0, (alpha + sigma) / sigma), prediction.x0)
+        return Losses({"reflow": huber(slope * prediction.x0, slope * x0, self.huber)}, {}, prediction.x0)
+
+
+@register("regression")
+@final
+@dataclass(frozen=True, kw_only=True)
+class Regression(Objective):
+    """From a noise the student lands where its teacher landed: knowledge distillation (Luhman and Luhman, arXiv 2101.02388), and
+    InstaFlow's last stage where the teacher is a reflowed student (arXiv 2309.06380, eq. 8).
+
+    huber: c of sqrt(|d|^2 + c^2) - c with |d| the root mean square of a sample's error; 0 the norm itself. Teacher pairs
+    (data.pairs) are needed. With several steps one of them is taught, behind the student's own deterministic ones.
+    Deviation: the distance is not perceptual (LPIPS in InstaFlow), since latents have no such network.
+    """
+
+    steps: int = 1
+    sampler: str | None = None
+    huber: float = 0.03
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(pairs=True)
+
+    def round(self, step: int) -> list[Turn]:
+        return [Turn("student", self.student_loss)]
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """d(x0 at a deployed time of the student's walk from the pair's noise, the pair's sample)."""
+        assert batch.latents is not None
+        prediction = self.walked(nets, batch, rng)
+        return Losses({"regression": huber(prediction.x0, batch.latents, self.huber)}, {}, prediction.x0)
+
+    def walked(self, nets: Nets, batch: Batch, rng: Stream) -> Prediction:
+        """The student at a deployed time that all samples share, from the pair's noise; a graph for that step alone."""
+        assert batch.noise is not None
+        k, x = rng.shared.integer(len(nets.grid)), batch.noise
+        with torch.no_grad():
+            for visit in islice(rollout(nets.student, x, nets.grid, batch.cond, step=ddim, rng=rng), k):
+                x = visit.x_s
+        return nets.student(x, full(nets.grid[k], len(x)), batch.cond)
+
+
+def huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """sqrt(mean d^2 + c^2) - c of each sample (B,)."""
+    return (mse(a, b) + max(c * c, 1e-12)).sqrt() - c
