@@ -214,6 +214,11 @@ def parse(tree: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"train.rounds: objective {name}, set like this, needs at least {needs.rounds} rounds, not {config.train.rounds}"
         )
+    if "heads" in needs.roles and not any("heads" in turn.movers for k in range(100) for turn in config.objective.round(k)):
+        raise ValueError(
+            f"objective {name}, set like this, needs heads that nobody trains; "
+            f"wrap it, as in objective: {{name: adversarial, inner: {{name: {name}, ...}}}}"
+        )
     if needs.pairs and not config.data.pairs:
         raise ValueError(
             f"objective {name} needs pairs of noise and the teacher's sample from it: "

@@ -199,10 +199,10 @@ class Guided:
         """The guided prediction; g: a scale for each sample (B,) in place of `scale`."""
         if g is None and self.scale == 1:
             return self.denoiser(x_t, t, cond)
-        if self.scale == 0:
+        if g is None and self.scale == 0:
             return self.denoiser(x_t, t, self.null.expand(len(x_t)))
         c, u = self.both(x_t, t, cond)
-        scale = torch.full((), self.scale).to(c.x0) if g is None else like(g, c.x0)
+        scale = c.x0.new_full((), self.scale) if g is None else like(g, c.x0)
         mixed = Prediction(torch.lerp(u.x0, c.x0, scale), torch.lerp(u.eps, c.eps, scale), c.alpha, c.sigma)
         if self.renorm is None:
             return mixed

@@ -199,6 +199,15 @@ def gaussian(mean: Sequence[float], var: Sequence[float], schedule: NoiseSchedul
     return denoiser(Gaussian(mean, var), schedule, target)
 
 
+def players(
+    alpha: float, sigma: float, mean: float, std: float, own_mean: float, own_std: float, target: str
+) -> tuple[Denoiser, Denoiser, Denoiser]:
+    """One-step student of N(own_mean, own_std^2), teacher of N(mean, std^2), and the student's optimal critic, at one level."""
+    level = OneLevel(alpha, sigma)
+    student = denoiser(Linear(own_mean, own_std), level, target)
+    return student, gaussian([mean], [std**2], level, target), gaussian([own_mean], [own_std**2], level, target)
+
+
 def phi(x: Tensor, t: Tensor, r: Tensor, schedule: NoiseSchedule, mean: Tensor, var: Tensor) -> Tensor:
     """Exact solution of the probability flow from t to r for N(mean, diag var)."""
     (a, s), (a_r, s_r) = ((like(c, x) for c in schedule.alpha_sigma(u)) for u in (t, r))

@@ -17,7 +17,7 @@ from fewstep.stream import stream
 
 # Where student, critic and teacher know the same law, these have nothing to learn. (Discrete consistency has its fixed point at
 # the composed steps of its teacher's solver: test_consistency.py.)
-AT_REST = {"decoupled", "diff_instruct", "dmd", "sid", "sim", "vsd"}
+AT_REST = {"decoupled", "diff_instruct", "dmd", "sid", "sim", "uni_instruct", "vsd"}
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
 ROUNDS = {
@@ -35,6 +35,7 @@ ROUNDS = {
     "scm": 300,
     "sid": 250,
     "sim": 250,
+    "uni_instruct": 250,
     "vsd": 400,
 }
 

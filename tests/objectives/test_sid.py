@@ -18,16 +18,18 @@ from toys import (
     denoiser,
     endpoint,
     game,
-    gaussian,
+    players,
     times,
 )
 
 from fewstep.denoiser import Cond, Denoiser, Guided, Prediction
 from fewstep.families import FAMILIES
-from fewstep.networks import Lora, build
+from fewstep.heads import Discriminator, Heads
+from fewstep.networks import Lora, build, heads_role
 from fewstep.objectives import Batch
 from fewstep.objectives.sid import SiD
 from fewstep.objectives.sim import SIM
+from fewstep.objectives.uni_instruct import UniInstruct
 from fewstep.sampling import uniform_grid
 from fewstep.stream import stream
 
@@ -83,12 +85,6 @@ class Detached:
 
     def __call__(self, x_t, t, cond) -> Prediction:
         return self.inner(x_t.detach(), t, cond)
-
-
-def players(a, sig, mu, s, m, r, target):
-    level = OneLevel(a, sig)
-    student = denoiser(Linear(m, r), level, target)
-    return student, gaussian([mu], [s**2], level, target), gaussian([m], [r**2], level, target)
 
 
 def terms(objective, student, teacher, critic, nodes=6):
@@ -359,9 +355,10 @@ def test_the_critic_moves_first_and_so_often(kind, turns):
 # Through real networks
 
 
+@pytest.mark.parametrize("objective", [SiD(steps=2), UniInstruct(steps=2, divergence="kl")])
 @pytest.mark.parametrize("family", ["unet", "transformer"])
-def test_the_gradient_reaches_the_student_through_frozen_networks_whatever_recomputes_them(family):
-    """T8: adapters on one base, checkpointed or not, give the gradients of separate networks; teacher and critic get none."""
+def test_the_gradient_reaches_the_student_through_frozen_networks_whatever_recomputes_them(family, objective):
+    """T8: adapters on one base, checkpointed or not, give the gradients of separate networks; the frozen ones get none."""
     pipe = tiny_sd_pipeline() if family == "unet" else tiny_zimage_pipeline()
     known, net = FAMILIES[type(pipe).__name__], getattr(pipe, family)
     schedule = known.schedule(pipe.scheduler)
@@ -384,15 +381,16 @@ def test_the_gradient_reaches_the_student_through_frozen_networks_whatever_recom
                 p.data += 0.1 * torch.randn(p.shape, generator=rng)
             roles[name].requires_grad_(name == "student")
         player = {name: Denoiser(role, schedule, known.target(pipe.scheduler), known.call) for name, role in roles.items()}
+        heads = heads_role(roles, Heads(), seed=0).requires_grad_(False)
+        judge = Discriminator(player["critic"], Heads().taps_on(roles["critic"].net), heads)
         nets = game(player["student"], Guided(player["teacher"], 3.0, empty), player["critic"], grid=(1.0, 0.5))
-        losses = SiD(steps=2).student_loss(nets, Batch(cond, (3, 4, 8, 8)), stream(0, 0, 0, 0))
-        losses.total.backward()
+        objective.student_loss(replace(nets, judge=judge), Batch(cond, (3, 4, 8, 8)), stream(0, 0, 0, 0)).total.backward()
         with torch.no_grad():
             player["teacher"](torch.randn(3, 4, 8, 8), times(0.4, 0.5, 0.6), cond)  # a switch of role between two turns
         student = roles["student"].weights()
         assert all(p.grad is not None for p in student.values())
         own = {id(p) for p in student.values()}
-        assert all(p.grad is None for base in bases for p in base.parameters() if id(p) not in own)
+        assert all(p.grad is None for net in (*bases, heads) for p in net.parameters() if id(p) not in own)
         found.append(torch.cat([p.grad.flatten() for p in student.values()]))
     recomputed, kept, separate = found
     assert (recomputed - kept).norm() <= 1e-5 * kept.norm()
