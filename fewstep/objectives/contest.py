@@ -27,17 +27,21 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Overheard(Denoiser):
-    """The denoiser that a judge listens to, its passes judged on the way: one pass gives the score and the features."""
+    """The denoiser that a judge listens to, its passes judged on the way: one pass gives the score and the features.
+
+    cond: only passes under these very conditions count; in others prompts are left out, which would tell fake from real."""
 
     judge: Judge
+    cond: Cond
     views: list[View] = field(default_factory=list)
 
     @classmethod
-    def of(cls, denoiser: Denoiser, judge: Judge) -> Overheard:
-        return cls(**{f.name: getattr(denoiser, f.name) for f in fields(denoiser)}, judge=judge)
+    def of(cls, denoiser: Denoiser, judge: Judge, cond: Cond) -> Overheard:
+        return cls(**{f.name: getattr(denoiser, f.name) for f in fields(denoiser)}, judge=judge, cond=cond)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, g: Tensor | None = None, r: Tensor | None = None) -> Prediction:
-        if not torch.is_grad_enabled() or g is not None or r is not None:  # a score alone, or of a network asked otherwise
+        otherwise = g is not None or r is not None or cond is not self.cond
+        if otherwise or not torch.is_grad_enabled():  # a network asked otherwise, or a score alone
             return super().__call__(x_t, t, cond, g=g, r=r)
         prediction, logits = self.judge.both(x_t, t, cond)
         self.views.append(View(x_t, t, logits))
@@ -49,7 +53,7 @@ def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses
     if nets.critic is None:
         return turn.loss(nets, batch, rng), None
     assert nets.judge is not None
-    critic = Overheard.of(nets.critic, nets.judge)
+    critic = Overheard.of(nets.critic, nets.judge, batch.cond)
     losses = turn.loss(replace(nets, critic=critic), batch, rng)
     return losses, critic.views[0] if len(critic.views) == 1 else None
 

@@ -1,7 +1,7 @@
 """Score identity distillation and its relatives against closed forms (distribution_matching.md, O4)."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from fewstep.families import FAMILIES
 from fewstep.heads import Discriminator, Heads
 from fewstep.networks import Lora, build, heads_role
 from fewstep.objectives import Batch
+from fewstep.objectives.adversarial import Adversarial
 from fewstep.objectives.sid import SiD
 from fewstep.objectives.sim import SIM
 from fewstep.objectives.uni_instruct import UniInstruct
@@ -305,6 +306,34 @@ def test_a_guided_critic_also_learns_without_prompts():
         assert set(prompts.tolist()) <= {0.3, -0.5}
         assert (prompts == -0.5).double().mean().item() == pytest.approx(share, abs=0.02 if share else 0)
         assert (to_critic.means[0][4000:] == -0.5).all()
+
+
+@dataclass
+class Hearing:
+    """A judge that keeps the conditions' means, and finds all alike."""
+
+    critic: Denoiser
+    means: list = field(default_factory=list)
+
+    def logits(self, x_t, t, cond):
+        self.means.append(cond.tensors["mean"])
+        return 0 * x_t
+
+    def both(self, x_t, t, cond):
+        return self.critic(x_t, t, cond), self.logits(x_t, t, cond)
+
+
+@guidance
+def test_heads_judge_each_sample_under_its_own_prompt(kappas, scale):
+    """Whatever a guided critic is asked in the same turn: without a prompt, in pairs, with prompts left out."""
+    nets, _, _ = guided_game()
+    batch = Batch(PROMPT.expand(50), (50, 1), torch.zeros(50, 1, dtype=torch.float64))
+    judge = Hearing(nets.critic)
+    for i, turn in enumerate(Adversarial(inner=lsg(kappas, dropout=0.5)).round(0)[-2:]):
+        losses = turn.loss(replace(nets, judge=judge), batch, stream(0, 0, 0, i))
+        assert all(term.shape == (50,) for term in losses.terms.values())
+    assert sum(len(means) for means in judge.means) == 3 * 50
+    assert all((means == 0.3).all() for means in judge.means)
 
 
 # Turns, steps, cost
