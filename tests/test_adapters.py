@@ -1,5 +1,6 @@
 """A Denoiser and a step walk where the stock pipeline walks, for every family."""
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -90,17 +91,23 @@ def stock(teacher, noise, steps, sampler="ddim", guidance=1.0, seed=0):
         latents.append(values["latents"].clone())
         return {}
 
+    def collect_old(index, time, values):
+        latents.append(values.clone())
+
     pipe = type(teacher.pipe)(**{**teacher.pipe.components, "scheduler": teacher.scheduler(sampler)})
     pipe.set_progress_bar_config(disable=True)
+    call = teacher.call(guidance)
+    old = "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters
+    call |= {"callback": collect_old} if old else {"callback_on_step_end": collect}
+    call |= {k: [v] * len(WORDS) for k, v in call.items() if k == "negative_prompt"}
     with Times(teacher.net) as seen:
         pipe(
             list(WORDS),  # ZImagePipeline writes its chat template into the list it is given
             num_inference_steps=steps,
-            **teacher.call(guidance),
+            **call,
             latents=teacher.family.pack(noise).clone(),
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
-            callback_on_step_end=collect,
         )
     return latents, seen
 
@@ -114,7 +121,8 @@ def test_every_latent_is_the_pipelines_own(teachers, name, steps, guidance):
     found, times = ours(teacher, noise, teacher.grid(steps, "ddim"), guidance=guidance)
     assert len(found) == len(theirs) == steps
     for a, b in zip(found, theirs, strict=True):
-        torch.testing.assert_close(teacher.family.pack(a), b, rtol=1e-5, atol=1e-5)
+        # Of the largest: where alpha is 0.006 guided latents are hundreds, and what is left of them is rounded by as much.
+        torch.testing.assert_close(teacher.family.pack(a), b, rtol=1e-5, atol=1e-5 * max(1.0, float(b.abs().max())))
     assert times == pytest.approx(list(dict.fromkeys(fed)), rel=1e-6, abs=1e-6)  # some pipelines guide in two passes
 
 

@@ -84,3 +84,40 @@ def test_every_family_of_the_table_has_a_tiny_teacher():
     assert {
         family for family in FAMILIES if family != "DDIMPipeline"
     } == made  # DDIM's differs from DDPM's in its scheduler alone
+
+
+def test_guidance_keeps_the_norms_that_its_pipeline_keeps(teachers):
+    for name, rows in (("qwen", teachers["qwen"].family.pack), ("lumina2", torch.clone)):
+        teacher = teachers[name]
+        x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([0.9, 0.4], dtype=torch.float64)
+        cond, guided = teacher.encode(["a", "b"]), teacher.guided(teacher.net, 50.0)  # strong: random nets hardly listen
+        with torch.no_grad():
+            c, u = guided.both(x, t, cond)
+            found = guided(x, t, cond).velocity
+        norm = lambda velocity: rows(velocity).norm(dim=-1)  # noqa: B023, E731
+        torch.testing.assert_close(norm(found), norm(c.velocity), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(norm(torch.lerp(u.velocity, c.velocity, 50.0)), norm(c.velocity), rtol=1e-3)
+
+
+def test_two_experts_are_refused_in_a_sentence(teachers):
+    pipe = teachers["wan"].pipe
+    assert FAMILIES["WanPipeline"].refuse(pipe) is None
+    both = type(pipe)(**{**pipe.components, "transformer_2": pipe.transformer}, boundary_ratio=0.875)
+    assert "two networks" in FAMILIES["WanPipeline"].refuse(both)
+    tokens = type(pipe)(**pipe.components, expand_timesteps=True)
+    assert "a time for every token" in FAMILIES["WanPipeline"].refuse(tokens)
+
+
+def test_videos_are_shown_by_their_middle_frame_and_learned_from_prompts_alone(teachers):
+    teacher = teachers["wan"]
+    assert teacher.latent_shape == (4, 2, 8, 6)
+    x = torch.randn(2, *teacher.latent_shape)
+    assert teacher.decode(x).shape == (2, 5, 3, 64, 48) and teacher.to_images(x).shape == (2, 64, 48, 3)
+    with pytest.raises(ValueError, match="WanPipeline makes videos, a picture is none; use data.prompts"):
+        teacher.to_latents(teacher.to_images(x))
+
+
+def test_the_instruction_and_the_system_prompt_are_not_part_of_the_null(teachers):
+    for name in ("sana", "lumina2"):
+        null, empty = teachers[name].null().tensors, teachers[name].encode([""]).tensors
+        assert null["mask"].sum() < empty["mask"].sum() or not torch.allclose(null["prompt"], empty["prompt"])

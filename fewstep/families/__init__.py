@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.families import flux, pixels, stable_diffusion
+from fewstep.families import attention, flux, pixels, stable_diffusion, video
 from fewstep.families.base import Family, Setting, bare, make_scheduler, net_config, setting_of
 
 __all__ = ["FAMILIES", "Family", "Setting", "bare", "family_of", "make_scheduler", "net_config", "setting_of"]
@@ -12,7 +12,12 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusionXLPipeline": stable_diffusion.SDXL,
     "StableDiffusion3Pipeline": stable_diffusion.SD3,
     "FluxPipeline": flux.FLUX,
+    "QwenImagePipeline": flux.QWEN,
     "ZImagePipeline": flux.ZIMAGE,
+    "PixArtSigmaPipeline": attention.PIXART,
+    "SanaPipeline": attention.SANA,
+    "Lumina2Pipeline": attention.LUMINA2,
+    "WanPipeline": video.WAN,
     "DDPMPipeline": pixels.DDPM,
     "DDIMPipeline": pixels.DDPM,
 }

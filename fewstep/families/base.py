@@ -40,7 +40,8 @@ def net_config(net: Any) -> dict[str, Any]:
 
 def spatial_factor(vae: Config) -> int:
     """Pixels a latent's side stands for, from the autoencoder's config; 1 without one."""
-    return 2 ** (len(vae["block_out_channels"]) - 1) if vae else 1
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    return 2 ** (len(blocks) - 1) if blocks else 1
 
 
 def native_size(net: Config, vae: Config) -> tuple[int, ...]:
@@ -75,6 +76,12 @@ def kl_decode(pipe: Any, x: Tensor) -> Tensor:
         return x
     z = x / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     return vae.decode(z.to(vae.device, vae.dtype)).sample
+
+
+def standardised(vae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, std) a channel of the raw latents of autoencoders that state them, shaped for x (B, C, F, H, W)."""
+    mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return mean.reshape(1, -1, 1, 1, 1), std.reshape(1, -1, 1, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +186,9 @@ VP_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-# For pipelines that hand their scheduler linspace(1, 1/n, n).
-FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {"ddim": ("FlowMatchEulerDiscreteScheduler", {})}
+# For pipelines that hand their scheduler linspace(1, 1/n, n). A terminal shift would stretch that until the last of few steps
+# lies next to clean, where nothing is left to do; of one step it makes 0 / 0.
+FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {"ddim": ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": None})}
 # For those that ask it for n steps: FlowMatchEuler would waste the last one at the smallest time of training.
 PLAIN_FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {"ddim": ("FlowMapEulerDiscreteScheduler", {})}
 

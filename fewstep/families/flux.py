@@ -8,7 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import Cond
-from fewstep.families.base import FLOW_SAMPLERS, Family, Setting, flow, flow_target, net_config, pack, unpack
+from fewstep.families.base import (
+    FLOW_SAMPLERS,
+    Config,
+    Family,
+    Setting,
+    flow,
+    flow_target,
+    net_config,
+    pack,
+    spatial_factor,
+    standardised,
+    unpack,
+)
 
 _ATTENTION: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 _JOINT: tuple[str, ...] = (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -37,8 +49,8 @@ def _flux_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
     return Cond({"prompt": embeds, "pooled": pooled, "guidance": guidance})
 
 
-def _packed_shape(net: Any, vae: Any, size: tuple[int, ...]) -> tuple[int, ...]:
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+def _packed_shape(net: Config, vae: Config, size: tuple[int, ...]) -> tuple[int, ...]:
+    factor = 2 ** len(vae["temperal_downsample"]) if "temperal_downsample" in vae else spatial_factor(vae)
     return net["in_channels"] // 4, 2 * (size[0] // (2 * factor)), 2 * (size[1] // (2 * factor))
 
 
@@ -58,6 +70,70 @@ FLUX = Family(
     size=lambda net, vae: (1024, 1024),
     latents=_packed_shape,
     pack=pack,
+)
+
+
+def _qwen_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    lengths, (h, w) = cond.tensors["length"], x.shape[-2:]
+    longest = int(lengths.max())
+    mask = torch.arange(longest)[None] < lengths[:, None]
+    out = net(
+        hidden_states=pack(x),
+        timestep=time,
+        encoder_hidden_states=cond.tensors["prompt"][:, :longest],
+        encoder_hidden_states_mask=None if bool(mask.all()) else mask.to(x.device),
+        img_shapes=[[(1, h // 2, w // 2)]] * len(x),
+        return_dict=False,
+    )[0]
+    return unpack(out, x)
+
+
+def _qwen_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
+    embeds, mask = pipe.encode_prompt(prompts, device=pipe.device, max_sequence_length=512)
+    lengths = torch.full((len(embeds),), embeds.shape[1]) if mask is None else mask.sum(1).cpu()
+    return Cond({"prompt": nn.functional.pad(embeds, (0, 0, 0, 512 - embeds.shape[1])), "length": lengths})
+
+
+def _qwen_pixels(pipe: Any, x: Tensor) -> Tensor:
+    z = pipe.vae.encode(x.unsqueeze(2).to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mean.float()
+    mean, std = standardised(pipe.vae, z)
+    return ((z - mean) / std).squeeze(2)
+
+
+def _qwen_decode(pipe: Any, x: Tensor) -> Tensor:
+    z = x.unsqueeze(2)
+    mean, std = standardised(pipe.vae, z)
+    return pipe.vae.decode((z * std + mean).to(pipe.vae.device, pipe.vae.dtype)).sample[:, :, 0]
+
+
+def _same_token_norm(conditional: Tensor, guided: Tensor) -> Tensor:
+    """QwenImagePipeline's guidance keeps the norm that every token has without it."""
+    c, g = pack(conditional), pack(guided)
+    return unpack(g * (c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)), guided)
+
+
+QWEN = Family(
+    call=_qwen_call,
+    encode=_qwen_encode,
+    null=lambda pipe, setting: _qwen_encode(pipe, [" "], setting),  # the negative prompt of its documentation; it has no default
+    schedule=flow(0.0, 1.0),
+    target=flow_target,
+    samplers=FLOW_SAMPLERS,
+    lora_targets=(*_JOINT, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    no_words=lambda c: {
+        "prompt_embeds": torch.zeros(1, 2, c["joint_attention_dim"]),
+        "prompt_embeds_mask": torch.ones(1, 2),
+        "true_cfg_scale": 1.0,
+    },
+    guide=lambda g: {"true_cfg_scale": g, "negative_prompt": " "} if g != 1 else {"true_cfg_scale": 1.0},
+    renorm=_same_token_norm,
+    default_guidance=4.0,
+    size=lambda net, vae: (1024, 1024),
+    latents=_packed_shape,
+    pack=pack,
+    encode_pixels=_qwen_pixels,
+    decode=_qwen_decode,
+    refuse=lambda pipe: "its network takes guidance as an input" if pipe.transformer.config.guidance_embeds else None,
 )
 
 
