@@ -9,8 +9,13 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -19,6 +24,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
@@ -486,6 +493,83 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
     return _seeded(make, seed)
 
 
+def tiny_ltx_pipeline(seed: int = 0) -> LTXPipeline:
+    """Videos as tokens, masked T5, a time shift that depends on the length, with a terminal shift."""
+
+    def make() -> LTXPipeline:
+        transformer = LTXVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            num_layers=1,
+            caption_channels=16,
+        )
+        vae = AutoencoderKLLTXVideo(
+            latent_channels=4,
+            block_out_channels=(4, 4, 4, 4),
+            decoder_block_out_channels=(4, 4, 4, 4),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            patch_size=2,
+        )
+        return LTXPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, shift_terminal=0.1),
+            vae=vae,
+            text_encoder=tiny_t5(),
+            tokenizer=tiny_t5_tokenizer(),
+            transformer=transformer,
+        )
+
+    return _seeded(make, seed)
+
+
+def tiny_cogvideox_pipeline(seed: int = 0) -> CogVideoXPipeline:
+    """Videos under v-prediction with zero SNR at the noisy end, rotary embeddings."""
+
+    def make() -> CogVideoXPipeline:
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=4,
+            text_embed_dim=16,
+            num_layers=1,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=5,
+            use_rotary_positional_embeddings=True,
+        )
+        vae = AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(4, 4, 4, 4),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+        )
+        scheduler = CogVideoXDDIMScheduler(
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=1.0,
+        )
+        return CogVideoXPipeline(
+            tokenizer=tiny_t5_tokenizer(),
+            text_encoder=tiny_t5(),
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+
+    return _seeded(make, seed)
+
+
 def tiny_ddpm_pipeline(seed: int = 0) -> DDPMPipeline:
     """Unconditional epsilon-predicting UNet on 8x8 RGB pixels."""
 
@@ -516,6 +600,8 @@ MAKERS: dict[str, tuple[Callable[[], DiffusionPipeline], tuple[int, ...] | None]
     "lumina2": (tiny_lumina2_pipeline, None),
     "qwen": (tiny_qwen_pipeline, (64, 48)),
     "wan": (tiny_wan_pipeline, (5, 64, 48)),
+    "ltx": (tiny_ltx_pipeline, (9, 32, 64)),
+    "cogvideox": (tiny_cogvideox_pipeline, None),
     "zimage": (tiny_zimage_pipeline, None),
     "ddpm": (tiny_ddpm_pipeline, None),
 }

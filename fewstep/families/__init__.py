@@ -18,6 +18,8 @@ FAMILIES: dict[str, Family] = {
     "SanaPipeline": attention.SANA,
     "Lumina2Pipeline": attention.LUMINA2,
     "WanPipeline": video.WAN,
+    "LTXPipeline": video.LTX,
+    "CogVideoXPipeline": video.COGVIDEOX,
     "DDPMPipeline": pixels.DDPM,
     "DDIMPipeline": pixels.DDPM,
 }
