@@ -80,7 +80,8 @@ class Study:
             taps = heads.taps_on(self.roles[heads.backbone].net)
             judge = Discriminator(self.player(modules[heads.backbone]), taps, modules["heads"])
         student, teacher = self.student(modules["student"]), self.guided(modules["teacher"])
-        return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge)
+        average = self.player(modules["average"]) if "average" in modules else None
+        return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge, average)
 
     def pairs(self) -> Pairs | None:
         """The teacher's samples that the objective learns from, where it does."""

@@ -82,6 +82,8 @@ class Config(_Strict):
     def kinds(self) -> dict[str, Full | Lora]:
         """The roles to build on the teacher's network, and how."""
         wanted = dict.fromkeys(expert_names(self.phases), self.student_kind())
+        if self.objective.needs.average is not None:
+            wanted["average"] = self.student_kind()
         return wanted | ({"critic": self.critic.kind()} if "critic" in self.objective.needs.roles else {})
 
     @field_validator("objective", mode="before")
@@ -195,6 +197,11 @@ def parse(tree: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"objective {name}, set like this, feeds the student's network the {' and the '.join(needs.inputs)}, "
             "for which it needs weights of its own: set student: {weights: full}"
+        )
+    if (needs.inputs or needs.average is not None) and config.phases > 1:
+        raise ValueError(
+            f"objective {name}, set like this, wants a student of one network, not of {config.phases} experts: "
+            "leave student.phases away"
         )
     kinds = config.kinds()
     for turn in config.objective.round(0):

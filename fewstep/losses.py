@@ -25,6 +25,17 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return flat_mean(((_wide(a) - _wide(b)).square() + c * c).sqrt() - c)
 
 
+def sample_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """sqrt(|d|^2 + c^2) - c of whole samples (B,), |d| the Euclidean norm (iCT, arXiv 2310.14189; c = 0 is the norm)."""
+    d = _wide(a) - _wide(b)
+    return (d.square().flatten(1).sum(1) + max(c * c, 1e-16)).sqrt() - c
+
+
+def snr_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """max(alpha^2 / sigma^2, 1): makes x0's squared error the larger of x0's and eps's (Salimans and Ho 2022, section 4)."""
+    return (alpha / sigma).square().clamp_min(1)
+
+
 def push(x: Tensor, direction: Tensor) -> Tensor:
     """A surrogate (B,) whose gradient in x is exactly `direction` / (elements of a sample).
 

@@ -41,11 +41,12 @@ def plan(config: Config) -> dict[str, Any]:
     if "heads" in config.objective.needs.roles:
         with torch.device("meta"):
             roles["heads"] = heads_role(roles, config.objective.needs.heads, config.train.seed)
-    trained = {k: sum(p.numel() for p in role.parameters()) for k, role in roles.items() if k != "teacher"}
+    trained = {k: sum(p.numel() for p in role.parameters()) for k, role in roles.items() if k not in ("teacher", "average")}
     width = 2 if config.train.dtype == "bfloat16" else 4
     # weights float32 + gradient + two Adam moments for what is trained, the average for the student, the frozen base once
-    memory = base * width + sum(16 * n for n in trained.values()) + 4 * trained["student"]
-    disk = sum(12 * n for n in trained.values()) + 4 * trained["student"]
+    averages = 4 * trained["student"] * (1 + ("average" in roles))
+    memory = base * width + sum(16 * n for n in trained.values()) + averages + 4 * trained["student"] * ("average" in roles)
+    disk = sum(12 * n for n in trained.values()) + averages
     return {
         "teacher": f"{config.teacher.path} ({name}, {base / 1e6:.2f} M parameters)",
         "sampler": f"{sampler} ({family.samplers[sampler][0]})",

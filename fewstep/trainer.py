@@ -155,11 +155,12 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
         role.net.to(accelerator.device)
     players = {name: Player(job.roles[name], settings, accelerator, name in needs.restarts) for name in names}
     nets = job.nets({**job.roles, **{name: p.module for name, p in players.items()}})
-    ema = Ema(job.roles["student"].weights(), settings.ema)
+    averages = _averages(job)
     log, start = Log(job.folder, accelerator.is_main_process), 0
     if resume:
-        start = _restore(job, players, ema)
+        start = _restore(job, players, averages)
         log.forget_after(start)
+    _follow(job, averages)
     meter, began = Meter(), time.perf_counter()
     bar = track(range(start, settings.rounds), "train", settings.rounds, start=start)
     with _interruptible() as stopped:
@@ -181,7 +182,9 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
                 for name, share in turn.followers.items():
                     follow(job.roles[name], job.roles[turn.player], share)
                 if "student" in turn.movers:
-                    ema.update(job.roles["student"].weights(), round_)
+                    for average in averages.values():
+                        average.update(job.roles["student"].weights(), round_)
+                    _follow(job, averages)
                 for name, value in {**{k: v.mean() for k, v in losses.terms.items()}, **losses.stats}.items():
                     meter.add(f"{turn.player}/{name}", value)
             done = round_ + 1
@@ -198,9 +201,9 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
                 log.write(record)
                 bar.note = ", ".join(f"{k} {v:.3g}" for k, v in record.items() if k.endswith(("/dm", "/consistency", "/denoise")))
             if done % settings.save_every == 0 or last:
-                _save(job, players, ema, done, accelerator)
+                _save(job, players, averages, done, accelerator)
             if job.preview and accelerator.is_main_process and (done % settings.preview_every == 0 or last):
-                job.preview(done, ema.shadow)
+                job.preview(done, averages["ema"].shadow)
             if stop:
                 raise KeyboardInterrupt
     accelerator.wait_for_everyone()
@@ -226,11 +229,27 @@ def _agreed(stop: bool, due: bool, accelerator: Accelerator) -> bool:
     return due and bool(accelerator.reduce(torch.tensor(float(stop), device=accelerator.device)) > 0)
 
 
-def _save(job: Job, players: Mapping[str, Player], ema: Ema, done: int, accelerator: Accelerator) -> Path | None:
+def _averages(job: Job) -> dict[str, Ema]:
+    """Moving averages of the student by their file's name: what is deployed, and what the objective asks for targets."""
+    wanted, student = {"ema": job.settings.ema}, job.roles["student"].weights()
+    if job.objective.needs.average is not None:
+        wanted["average"] = job.objective.needs.average
+    return {name: Ema(student, decay) for name, decay in wanted.items()}
+
+
+def _follow(job: Job, averages: Mapping[str, Ema]) -> None:
+    """Puts the average that is asked for targets into its role."""
+    if "average" in averages:
+        set_weights(job.roles["average"], averages["average"].shadow)
+
+
+def _save(
+    job: Job, players: Mapping[str, Player], averages: Mapping[str, Ema], done: int, accelerator: Accelerator
+) -> Path | None:
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
-    files: dict[str, Mapping[str, Tensor]] = {"ema": ema.shadow}
+    files: dict[str, Mapping[str, Tensor]] = {name: average.shadow for name, average in averages.items()}
     for name, player in players.items():
         files[name] = player.role.weights()
         files[f"optimizer-{name}"] = player.optimizer_tensors()
@@ -238,7 +257,7 @@ def _save(job: Job, players: Mapping[str, Player], ema: Ema, done: int, accelera
     return checkpoint.save(job.folder / "checkpoints", done, files, state)
 
 
-def _restore(job: Job, players: Mapping[str, Player], ema: Ema) -> int:
+def _restore(job: Job, players: Mapping[str, Player], averages: Mapping[str, Ema]) -> int:
     place = checkpoint.latest(job.folder / "checkpoints")
     if place is None:
         return 0
@@ -251,8 +270,9 @@ def _restore(job: Job, players: Mapping[str, Player], ema: Ema) -> int:
         set_weights(player.role, files[name])
         player.load_optimizer(files[f"optimizer-{name}"])
         player.skipped += state["skipped"][name]
-    for key, value in files["ema"].items():
-        ema.shadow[key].copy_(value)
+    for name, average in averages.items():
+        for key, value in files[name].items():
+            average.shadow[key].copy_(value)
     return int(state["round"])
 
 

@@ -125,7 +125,8 @@ def test_pairs_are_for_prompts():
 def test_what_is_dumped_is_what_is_loaded(name, tmp_path):
     needs = objectives()[name]().needs
     needed = {"images" if needs.images else "prompts": "zoo:sprites", "pairs": 8 if needs.pairs else 0}
-    config = parse(tree(objective={"name": name}, data=needed, train={"betas": [0.5, 0.9], "lr": "1e-4"}))
+    full = {"weights": "full"}
+    config = parse(tree(objective={"name": name}, student=full, data=needed, train={"betas": [0.5, 0.9], "lr": "1e-4"}))
     assert_comes_back(config, tmp_path)
 
 

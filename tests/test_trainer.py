@@ -94,6 +94,48 @@ def metrics(folder):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+@dataclass(frozen=True)
+class Averaged(Objective):
+    """The student moves; the average of it, which it asks for targets, is looked at."""
+
+    seen: list
+    steps: int = 1
+    sampler: str | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(average=0.5)
+
+    def round(self, step):
+        def loss(nets, batch, rng):
+            self.seen.append([p.detach().clone() for p in nets["average"].parameters()])
+            return Losses({"loss": nets["student"](rng.normal(batch.shape)).square().mean(1)})
+
+        return [Turn("student", loss)]
+
+
+def averaged(folder, seen, **settings):
+    base = job(folder, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        role = Role("average", nn.Linear(2, 2), owns=True, dtype=torch.float32)
+    return replace(base, objective=Averaged(seen), roles={"student": base.roles["student"], "average": role})
+
+
+def test_targets_come_from_a_moving_average_that_goes_on_after_a_resume(tmp_path):
+    """theta_ <- d theta_ + (1 - d) theta, d = min(0.5, (1 + n) / (10 + n)); at first it is the student itself."""
+    seen, rest = [], []
+    start = [p.detach().clone() for p in averaged(tmp_path, []).roles["student"].weights().values()]
+    fit(averaged(tmp_path / "whole", seen, save_every=1))
+    assert len(seen) == 5 and all(torch.equal(a, b) for a, b in zip(seen[0], start, strict=True))
+    first = [checkpoint.load(tmp_path / "whole" / "checkpoints" / "step-0000004")[0][name] for name in ("average", "student")]
+    assert torch.equal(seen[4][0], first[0]["weight"]) and torch.equal(seen[4][1], first[0]["bias"])
+    assert not torch.equal(first[0]["weight"], first[1]["weight"])
+    fit(averaged(tmp_path / "parts", rest, rounds=3))
+    fit(averaged(tmp_path / "parts", rest), resume=True)
+    assert all(torch.equal(a, b) for x, y in zip(seen, rest, strict=True) for a, b in zip(x, y, strict=True))
+
+
 @pytest.mark.parametrize("fault", [NAN, INFINITE, STEEP], ids=["nan", "infinite", "infinite gradient"])
 @pytest.mark.parametrize("round_", [0, 2])
 def test_a_non_finite_loss_skips_that_update_alone(tmp_path, fault, round_):

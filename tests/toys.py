@@ -223,19 +223,23 @@ def ddim_factor(schedule: NoiseSchedule, t: Tensor, r: Tensor, var: Tensor) -> T
 class Learner(nn.Module):
     """A frozen exact network plus a small trained one that starts at zero, so that the student starts as its teacher."""
 
-    def __init__(self, base: Exact, dim: int, width: int = 64) -> None:
+    def __init__(self, base: Exact, dim: int, width: int = 64, inputs: Sequence[str] = ()) -> None:
         super().__init__()
+        self.inputs = tuple(inputs)
         self.schedule = base.schedule
         object.__setattr__(self, "base", base)  # borrowed: its weights are not this network's
         last = nn.Linear(width, dim)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.mlp = nn.Sequential(nn.Linear(dim + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
+        first = nn.Linear(dim + 6 + len(self.inputs), width)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
-    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, cond: Cond, **inputs: Tensor) -> Tensor:
+        assert inputs.keys() == set(self.inputs)
         t = heard(self.schedule, time)
-        waves = torch.stack([f(np.pi * k * t) for k in (0.5, 1, 2) for f in (torch.sin, torch.cos)], -1)
-        return self.base(x, time, cond) + self.mlp(torch.cat([x, waves.to(x)], -1))
+        waves = [f(np.pi * k * t) for k in (0.5, 1, 2) for f in (torch.sin, torch.cos)]
+        waves += [inputs[name] for name in self.inputs]
+        return self.base(x, time, cond) + self.mlp(torch.cat([x, torch.stack(waves, -1).to(x)], -1))
 
 
 class ToyHeads(nn.Module):
@@ -282,15 +286,20 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     truth = Mixture(torch.stack([angles.cos(), angles.sin()], -1), 0.1, torch.full((6,), 1 / 6))
     schedule = RectifiedFlow()
     base = Exact(truth, schedule, "flow")
-    heads = objective.needs.heads
+    needs, grid = objective.needs, uniform_grid(objective.steps)
+    heads, takes = needs.heads, {"student": needs.inputs}
     players = {
-        name: Learner(base, 2).to(dtype or torch.float32) for name in ("student", *objective.needs.roles) if name != "heads"
+        name: Learner(base, 2, inputs=takes.get(name, ())).to(dtype or torch.float32)
+        for name in ("student", *needs.roles)
+        if name != "heads"
     }
     roles = {name: Denoiser(net, schedule, "flow", call, dtype) for name, net in players.items()}
     if (phases := objective.needs.phases) > 1:
         players["student"] = PhasedExperts("student", [Learner(base, 2).to(dtype or torch.float32) for _ in range(phases)], call)
         places = switches(uniform_grid(objective.steps), phases)
         roles["student"] = replace(roles["student"], net=players["student"], call=hand_over, switches=places)
+    scale, ends = 1.0 if "guidance_scale" in needs.inputs else None, grid if "end_time" in needs.inputs else ()
+    roles["student"] = replace(roles["student"], guidance=scale, grid=ends)
     teacher = Denoiser(base, schedule, "flow", call)
     if "heads" in objective.needs.roles:
         learns = heads.backbone == "critic"
@@ -304,7 +313,8 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
         noise = rng.normal((2048, 2))
         pairs = noise, sample(teacher, noise, uniform_grid(50), NOTHING, rng=rng)
     step = STEPS[objective.sampler or "ddim"]
-    return World(Nets(teacher=teacher, grid=uniform_grid(objective.steps), step=step, **roles), players, truth, pairs)
+    guided = teacher if scale is None else Guided(teacher, 1.0, NOTHING)
+    return World(Nets(teacher=guided, grid=grid, step=step, **roles), players, truth, pairs)
 
 
 def play(objective: Objective, world: World, rounds: int, batch: int, lr: float, seed: int = 0) -> None:

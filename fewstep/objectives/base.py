@@ -43,7 +43,8 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Nets:
-    """The players as denoisers, and how the student will be deployed: its times and its step."""
+    """The players as denoisers, and how the student will be deployed: its times and its step. average: the student with a moving
+    average of its weights, where `Needs.average` asks for one."""
 
     student: Denoiser
     teacher: Denoiser | Guided
@@ -51,6 +52,7 @@ class Nets:
     step: Step
     critic: Denoiser | None = None
     judge: Judge | None = None
+    average: Denoiser | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Needs:
     """What an objective cannot do without: trained roles besides the student; clean data; the noise behind it, which only the
     teacher's own samples have; which heads, where "heads" is among the roles; and what the student's network takes besides
     (`embedders`: "guidance_scale", "end_time"). phases: how many experts the student must be, if not one network; restarts: the
-    roles that some turn starts afresh; rounds: below how many of them the method would end unfinished."""
+    roles that some turn starts afresh; rounds: below how many of them the method would end unfinished; average: decay of
+    a moving average of the student to ask for targets."""
 
     roles: tuple[str, ...] = ()
     images: bool = False
@@ -101,6 +104,7 @@ class Needs:
     phases: int = 1
     restarts: tuple[str, ...] = ()
     rounds: int = 1
+    average: float | None = None
 
 
 class Objective(ABC):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Prediction
-from fewstep.losses import pseudo_huber
+from fewstep.losses import mse, pseudo_huber
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.sampling import ddim
+from fewstep.schedules import like
 from fewstep.stream import Stream
 
 
@@ -24,28 +25,29 @@ class Consistency(Objective):
 
     steps: of the deployed student, whose times are also the places where segments may meet. segments: how many (None: `steps`, as
     in PCM, arXiv 2405.18407; 1 is LCM, arXiv 2310.04378; it must divide `steps`). solver_steps: teacher steps from noise to clean
-    (a multiple of `steps`). huber: c of the pseudo-Huber distance. Images (latents) are needed: x_t is made from them.
+    (a multiple of `steps`). huber: c of the pseudo-Huber distance (None: mean squared error). guidance: range of the scales
+    g = 1 + w that LCM with full weights draws and feeds to the student's network (None: the teacher's one scale, nothing fed).
+    average: decay of the averaged student that targets come from (LCM with full weights: 0.95; None: the student itself, the
+    papers' choice for LoRA). Images (latents) are needed: x_t is made from them.
     Deviations: the boundary is held by the jump itself, which is the identity at the edge, not by c_skip (whose part at the first
-    grid point is 7e-6); the target network is the student without gradient (the papers' choice for LoRA).
+    grid point is 7e-6); w is embedded through a layer that starts at zero, not at random.
     """
 
     steps: int = 4
     sampler: str | None = None
     segments: int | None = None
     solver_steps: int = 40
-    huber: float = 0.001
+    huber: float | None = 0.001
+    guidance: tuple[float, float] | None = None
+    average: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps % (self.segments or self.steps):
-            raise ValueError(
-                f"segments ({self.segments}) must divide steps ({self.steps}), so that segments meet at deployed times"
-            )
-        if self.solver_steps % self.steps:
-            raise ValueError(f"solver_steps ({self.solver_steps}) must be a multiple of steps ({self.steps})")
+        check_grid(self.steps, self.segments or self.steps, self.solver_steps)
+        check_scales(self.guidance)
 
     @property
     def needs(self) -> Needs:
-        return Needs(images=True)
+        return Needs(images=True, inputs=("guidance_scale",) if self.guidance else (), average=self.average)
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
@@ -53,37 +55,70 @@ class Consistency(Objective):
     def times(self, grid: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         """(times (N + 1,) rising from 0, lower edge (N + 1,) of the segment that *ends* at each): a time on an edge belongs to
         the segment below it, otherwise the jump from it would be empty (Hyper-SD's ties)."""
-        corners = torch.tensor((0.0, *reversed(grid)), dtype=torch.float64)
-        fine = self.solver_steps // self.steps
-        inner = torch.arange(self.solver_steps + 1, dtype=torch.float64) / fine
-        low = inner.floor().clamp(max=self.steps - 1).long()
-        times = torch.lerp(corners[low], corners[low + 1], inner - low)
-        length = self.solver_steps // (self.segments or self.steps)
-        first = (torch.arange(self.solver_steps + 1) - 1).clamp(min=0) // length * length
-        return times, times[first]
+        times = solver_times(grid, self.solver_steps)
+        return times, times[first_of_segment(self.solver_steps, self.segments or self.steps)]
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """d(jump(x_t, t -> edge), sg jump(x_s, s -> edge)) with x_s one guided teacher step below (PCM, eq. 9; LCM, eq. 9)."""
         assert batch.latents is not None
-        schedule, x0 = nets.student.schedule, batch.latents
         times, edges = self.times(nets.grid)
-        i = 1 + rng.integers(self.solver_steps, len(x0))
-        t, s, edge = times[i], times[i - 1], edges[i]
-        x_t = schedule.add_noise(x0, rng.normal_like(x0), t)
-        with torch.no_grad():
-            x_s = ddim(schedule, nets.teacher(x_t, t, batch.cond), s, rng)
-            # Where s is the edge the target is x_s itself; the network is asked at t instead, and not listened to.
-            arrived = s <= edge
-            ahead = nets.student(x_s, torch.where(arrived, t, s), batch.cond)
-            target = torch.where(_wide(arrived, x_s), x_s, _jump(nets, ahead, edge, rng))
-        prediction = nets.student(x_t, t, batch.cond)
-        loss = pseudo_huber(_jump(nets, prediction, edge, rng), target, self.huber)
-        return Losses({"consistency": loss}, {}, prediction.x0)
+        i = 1 + rng.integers(self.solver_steps, len(batch.latents))
+        g = scales(self.guidance, len(i), rng)
+        landed, target, prediction = pair(nets, batch, rng, times[i], times[i - 1], edges[i], g=g)
+        return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0)
 
 
-def _jump(nets: Nets, prediction: Prediction, edge: Tensor, rng: Stream) -> Tensor:
-    return ddim(nets.student.schedule, prediction, edge, rng)
+def check_grid(steps: int, segments: int, solver_steps: int) -> None:
+    """Raises ValueError for counts that do not fit into each other."""
+    if steps % segments:
+        raise ValueError(f"segments ({segments}) must divide steps ({steps}), so that segments meet at deployed times")
+    if solver_steps % steps:
+        raise ValueError(f"solver_steps ({solver_steps}) must be a multiple of steps ({steps})")
 
 
-def _wide(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.to(x.device).reshape(-1, *([1] * (x.ndim - 1)))
+def check_scales(guidance: tuple[float, float] | None) -> None:
+    """Raises ValueError for a range of guidance scales that is none."""
+    if guidance is not None and not 0 <= guidance[0] <= guidance[1]:
+        raise ValueError(f"guidance is a range of scales, [lowest, highest], not {list(guidance)}; 1 is no guidance")
+
+
+def scales(guidance: tuple[float, float] | None, n: int, rng: Stream) -> Tensor | None:
+    """A guidance scale for each sample (n,), uniform in a range; None where there is no range."""
+    return None if guidance is None else guidance[0] + (guidance[1] - guidance[0]) * rng.uniform(n)
+
+
+def solver_times(grid: tuple[float, ...], solver_steps: int) -> Tensor:
+    """The teacher's times (solver_steps + 1,), rising from 0: each deployed step in equal parts of t."""
+    corners = torch.tensor((0.0, *reversed(grid)), dtype=torch.float64)
+    inner = torch.arange(solver_steps + 1, dtype=torch.float64) / (solver_steps // len(grid))
+    low = inner.floor().clamp(max=len(grid) - 1).long()
+    return torch.lerp(corners[low], corners[low + 1], inner - low)
+
+
+def first_of_segment(solver_steps: int, segments: int) -> Tensor:
+    """Index (solver_steps + 1,) of the edge below each of the teacher's times; an edge belongs to the segment that ends there."""
+    length = solver_steps // segments
+    return (torch.arange(solver_steps + 1) - 1).clamp(min=0) // length * length
+
+
+def pair(
+    nets: Nets, batch: Batch, rng: Stream, t: Tensor, s: Tensor, end: Tensor, *, g: Tensor | None = None, r: Tensor | None = None
+) -> tuple[Tensor, Tensor, Prediction]:
+    """(the student's jump t -> end, without a graph the target's jump s -> end from x_s one teacher step below x_t, the student's
+    prediction at x_t). g, r: what the student's network is fed besides; the teacher is guided at g."""
+    assert batch.latents is not None
+    schedule, x0 = nets.student.schedule, batch.latents
+    x_t = schedule.add_noise(x0, rng.normal_like(x0), t)
+    with torch.no_grad():
+        x_s = ddim(schedule, nets.teacher(x_t, t, batch.cond, g=g), s, rng)
+        # Where s is the end the target is x_s itself; the network is asked at t instead, and not listened to.
+        arrived = s <= end
+        ahead = (nets.average or nets.student)(x_s, torch.where(arrived, t, s), batch.cond, g=g, r=r)
+        target = torch.where(like(arrived, x_s).bool(), x_s, ddim(schedule, ahead, end, rng))
+    prediction = nets.student(x_t, t, batch.cond, g=g, r=r)
+    return ddim(schedule, prediction, end, rng), target, prediction
+
+
+def distance(landed: Tensor, target: Tensor, huber: float | None) -> Tensor:
+    """Pseudo-Huber distance (B,), or the mean squared error where there is no c."""
+    return mse(landed, target) if huber is None else pseudo_huber(landed, target, huber)

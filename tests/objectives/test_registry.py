@@ -40,6 +40,12 @@ ROUNDS = {
 }
 
 
+# These make a step cheaper, not steps fewer.
+SAME_STEPS = {"guidance"}
+
+# What these need to come down to one step at once, not in stages.
+ONE_STEP = {"progressive": {"factor": 16}}
+
 # What the registry holds, and each of it judged by heads on either backbone.
 EVERY = [*objectives(), *(f"{heads}+{name}" for name in objectives() if name != "adversarial" for heads in ("dmd2", "ladd"))]
 
@@ -93,7 +99,8 @@ def test_the_same_seed_gives_the_same_bits(name):
 
     first, again, other = trained(0), trained(0), trained(1)
     assert all(torch.equal(first[k], again[k]) for k in first)
-    assert not all(torch.equal(first[k], other[k]) for k in first)
+    # where nothing is guided, as in this world, a student of guidance starts at its optimum
+    assert name in SAME_STEPS or not all(torch.equal(first[k], other[k]) for k in first)
 
 
 @judged
@@ -131,11 +138,11 @@ def test_equal_players_are_at_rest(name):
         assert (found.mean(0).abs() <= 5 * found.std(0) / len(found) ** 0.5 + 1e-9).all()
 
 
-@every
+@pytest.mark.parametrize("name", sorted(set(objectives()) - SAME_STEPS))
 def test_it_improves_a_world_of_six_modes(name):
     """One step, where the teacher draws its mean only, or one a phase; over two seeds dmd came 3.7 times nearer, consistency
     3.0, at least; over three, sid 3.3 and sim 3.4."""
-    objective = made(name, steps=made(name).needs.phases)
+    objective = replace(made(name, steps=made(name).needs.phases), **ONE_STEP.get(name, {}))
     world = ring(objective)
     goal = world.many_steps()
     before = sliced_w2(world.sampled(), goal)
@@ -147,7 +154,7 @@ def test_it_improves_a_world_of_six_modes(name):
 def test_an_unknown_option_is_refused_by_name(name):
     needs = objectives()[name]().needs
     data = {"images" if needs.images else "prompts": "zoo:sprites", "pairs": 8 if needs.pairs else 0}
-    tree = {"teacher": {"path": "zoo:sprites-sd"}, "data": data}
+    tree = {"teacher": {"path": "zoo:sprites-sd"}, "student": {"weights": "full"}, "data": data}
     parse({**tree, "objective": {"name": name}})
     with pytest.raises(ValueError, match=r"objective\.samplr: unknown option; "):
         parse({**tree, "objective": {"name": name, "samplr": "ddim"}})

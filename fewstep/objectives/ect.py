@@ -1,0 +1,147 @@
+"""Consistency training from data alone, no teacher: ECT's continuous pairs and iCT's grids, on any schedule.
+
+Both are written in sigma / alpha, the level n of x_t / alpha = x0 + n eps, which every schedule has.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.losses import sample_huber
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.schedules import NoiseSchedule, like
+from fewstep.stream import Stream
+
+LEAST = 0.001  # the least time that a network is asked at, the first level of a DDPM table; below it all is clean
+
+
+@register("ect")
+@final
+@dataclass(frozen=True, kw_only=True)
+class ECT(Objective):
+    """x0 predicted at level n must be x0 predicted at a lower level m of the same noise, with m growing towards n: Easy
+    Consistency Tuning, Geng et al. 2024, arXiv 2406.14548. At first m = 0 up to n = 1.9, which is to learn as a diffusion model.
+
+    mean, std: of ln n (the paper's -1.1, 2). q, stage_rounds: after j stages of that many rounds
+    m / n = 1 - q^-(j + 1) (1 + 8 sigmoid(-n)), neither below 0 nor above `closest`. huber: c of the distance of whole samples.
+    top: share of samples that lie at the noisiest deployed time, where the student starts; highest: the level that stands for
+    infinite noise in n. Images (latents) are needed; the teacher only lends its weights.
+    Deviations: `top` (log-normal levels hardly visit the end of a flow, whose level is infinite); no dropout.
+    """
+
+    steps: int = 2
+    sampler: str | None = None
+    mean: float = -1.1
+    std: float = 2.0
+    q: float = 2.0
+    stage_rounds: int = 1000
+    closest: float = 0.999
+    huber: float = 0.0
+    top: float = 0.1
+    highest: float = 80.0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(images=True)
+
+    def round(self, step: int) -> list[Turn]:
+        return [Turn("student", partial(self.student_loss, stage=step // self.stage_rounds))]
+
+    def lower(self, n: Tensor, stage: int) -> Tensor:
+        """The level m below n (B,) in a stage."""
+        ratio = 1 - self.q ** -(stage + 1.0) * (1 + 8 * torch.sigmoid(-n))
+        return n * ratio.clamp(0, self.closest)
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Stream, stage: int = 0) -> Losses:
+        """(sqrt(|f(x_n) - sg f(x_m)|^2 + c^2) - c) / (n - m), f(x_0) = x0."""
+        assert batch.latents is not None
+        schedule, count = nets.student.schedule, len(batch.latents)
+        n = (self.mean + self.std * rng.gaussian(count)).exp()
+        t = schedule.t_of_ratio(n).clamp(LEAST, nets.grid[0])
+        t = torch.where(rng.uniform(count) < self.top, nets.grid[0], t)
+        n = level(schedule, t).clamp(max=self.highest)
+        m = self.lower(n, stage)
+        return from_data(nets, batch, rng, t, schedule.t_of_ratio(m), n - m, self.huber)
+
+
+@register("ict")
+@final
+@dataclass(frozen=True, kw_only=True)
+class ICT(Objective):
+    """Consistency training between neighbours on a grid of levels that doubles its fineness: improved consistency training, Song
+    and Dhariwal 2023, arXiv 2310.14189.
+
+    first, last: intervals at the start and at the end; rounds: of the whole curriculum, in equal stages. mean, std: of ln n.
+    low, high, rho: of the grid (Karras et al. 2022, eq. 5); its top is the noisiest deployed time. huber: c over the square root
+    of a sample's size (the paper: 0.00054). Images (latents) are needed; the teacher only lends its weights.
+    Deviations: levels are sigma / alpha of any schedule; no dropout.
+    """
+
+    steps: int = 2
+    sampler: str | None = None
+    first: int = 10
+    last: int = 1280
+    rounds: int = 4000
+    mean: float = -1.1
+    std: float = 2.0
+    low: float = 0.002
+    high: float = 80.0
+    rho: float = 7.0
+    huber: float = 0.00054
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(images=True)
+
+    def intervals(self, step: int) -> int:
+        """N(k) = min(first 2^floor(k / K'), last), K' = rounds / (log2(last / first) + 1)."""
+        stage = max(1, math.floor(self.rounds / (math.log2(self.last / self.first) + 1)))
+        return min(self.first * 2 ** (step // stage), self.last)
+
+    def round(self, step: int) -> list[Turn]:
+        return [Turn("student", partial(self.student_loss, intervals=self.intervals(step)))]
+
+    def levels(self, intervals: int, high: float) -> tuple[Tensor, Tensor]:
+        """(levels (intervals + 1,) rising to `high`; the chance (intervals,) of each pair of neighbours, log-normal)."""
+        a, b = self.low ** (1 / self.rho), min(self.high, high) ** (1 / self.rho)
+        n = torch.linspace(a, b, intervals + 1, dtype=torch.float64) ** self.rho
+        mass = torch.erf((n.log() - self.mean) / (self.std * math.sqrt(2))).diff()
+        return n, mass / mass.sum()
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Stream, intervals: int = 10) -> Losses:
+        """d(f(x_n'), sg f(x_n)) / (n' - n), n < n' neighbours."""
+        assert batch.latents is not None
+        schedule = nets.student.schedule
+        n, chance = self.levels(intervals, float(level(schedule, torch.tensor([nets.grid[0]]))))
+        t = schedule.t_of_ratio(n).clamp(LEAST, nets.grid[0])
+        t[-1] = nets.grid[0]
+        i = torch.searchsorted(chance.cumsum(0), rng.uniform(len(batch.latents))).clamp(max=intervals - 1)
+        huber = self.huber * math.sqrt(batch.latents[0].numel())
+        return from_data(nets, batch, rng, t[i + 1], schedule.t_of_ratio(n)[i], n[i + 1] - n[i], huber)
+
+
+def level(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """sigma / alpha at t."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return sigma / alpha
+
+
+def from_data(nets: Nets, batch: Batch, rng: Stream, t: Tensor, s: Tensor, gap: Tensor, huber: float) -> Losses:
+    """The student's x0 at t against its x0, without a graph, at s < t of the same noise (the data itself below `LEAST`), over the
+    gap of their levels."""
+    assert batch.latents is not None
+    schedule, x0 = nets.student.schedule, batch.latents
+    eps, clean = rng.normal_like(x0), s < LEAST
+    with torch.no_grad():  # where s is clean the network is asked at t instead, and not listened to
+        asked = torch.where(clean, t, s)
+        target = nets.student(schedule.add_noise(x0, eps, asked), asked, batch.cond).x0
+        target = torch.where(like(clean, x0).bool(), x0.to(target.dtype), target)
+    prediction = nets.student(schedule.add_noise(x0, eps, t), t, batch.cond)
+    loss = sample_huber(prediction.x0, target, huber)
+    return Losses({"consistency": loss / gap.to(loss)}, {}, prediction.x0)

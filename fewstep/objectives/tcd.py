@@ -1,0 +1,59 @@
+"""Trajectory consistency with random ends: TCD with one segment, a stage of Hyper-SD's TSCD with several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.consistency import check_grid, check_scales, distance, first_of_segment, pair, scales, solver_times
+from fewstep.stream import Stream
+
+
+@register("tcd")
+@final
+@dataclass(frozen=True, kw_only=True)
+class TCD(Objective):
+    """The student's jump from x_t to a random end must meet its own jump to that end from the teacher's next point x_s; ends lie
+    between the lower edge of t's segment and s. TCD, arXiv 2402.19159; with segments 8, 4, 2, 1 in turn the stages of
+    TSCD (Hyper-SD, arXiv 2404.13686, algorithm 1).
+
+    steps, solver_steps, huber, guidance, average: as in `consistency`. segments: 1 is TCD; it must divide `steps`.
+    end_input: the network is told the end (TCD's "S+"), without which no student can meet every end at once; sampled by fewstep
+    only, since no stock pipeline tells it. Images (latents) are needed.
+    Deviations: jumps are of first order (the papers' default); the deployed steps are `ddim` (gamma 0) or `renoise` (gamma 1),
+    since the stock TCDScheduler ends at its table's first level and not at clean; TSCD's adversarial part of the distance is the
+    wrapper `adversarial` around this.
+    """
+
+    steps: int = 4
+    sampler: str | None = None
+    segments: int = 1
+    solver_steps: int = 40
+    huber: float | None = 0.001
+    guidance: tuple[float, float] | None = None
+    average: float | None = None
+    end_input: bool = False
+
+    def __post_init__(self) -> None:
+        check_grid(self.steps, self.segments, self.solver_steps)
+        check_scales(self.guidance)
+
+    @property
+    def needs(self) -> Needs:
+        told = (*(("guidance_scale",) if self.guidance else ()), *(("end_time",) if self.end_input else ()))
+        return Needs(images=True, inputs=told, average=self.average)
+
+    def round(self, step: int) -> list[Turn]:
+        return [Turn("student", self.student_loss)]
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """d(jump(x_t, t -> end), sg jump(x_s, s -> end)), the end uniform on the teacher's times in [edge, s]."""
+        assert batch.latents is not None
+        times = solver_times(nets.grid, self.solver_steps)
+        i = 1 + rng.integers(self.solver_steps, len(batch.latents))
+        edge = first_of_segment(self.solver_steps, self.segments)[i]
+        end = times[edge + (rng.uniform(len(i)) * (i - edge)).long()]
+        g = scales(self.guidance, len(i), rng)
+        landed, target, prediction = pair(nets, batch, rng, times[i], times[i - 1], end, g=g, r=end if self.end_input else None)
+        return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0)

@@ -1,0 +1,124 @@
+"""Random ends, scales that are fed, averaged targets: what `tcd` and the options of `consistency` mean in closed form."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from products import MEAN, VAR, N, Optimum, batch, exact, teachers
+from toys import NOTHING, SCHEDULES, Exact, Gaussian, ddim_factor, denoiser, game, gaussian, heard
+
+from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.objectives.consistency import Consistency, first_of_segment, solver_times
+from fewstep.objectives.tcd import TCD
+from fewstep.sampling import uniform_grid
+from fewstep.schedules import like
+from fewstep.stream import stream
+
+GRID = uniform_grid(4)
+
+
+def call(net, x, time, cond):
+    return net(x, time, cond)
+
+
+def loss(objective, student, teacher, *, cond=NOTHING, average=None):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        nets = replace(game(student, teacher, grid=uniform_grid(objective.steps)), average=average)
+        return objective.student_loss(nets, batch(cond), stream(0, 0, 0, 0)).terms["consistency"]
+
+
+class Told(torch.nn.Module):
+    """The network that jumps from any time to any lower one as the Gaussian teacher's DDIM steps between them do."""
+
+    def __init__(self, schedule, target, times):
+        super().__init__()
+        self.schedule, self.target, self.times, self.ends = schedule, target, times, []
+
+    def forward(self, x, time, cond, end_time):
+        t = heard(self.schedule, time)
+        i, j = ((u.double()[:, None] - self.times).abs().argmin(1) for u in (t, end_time))
+        self.ends.append((i, j))
+        steps = [torch.ones(2).double()] + [
+            ddim_factor(self.schedule, self.times[k], self.times[k - 1], VAR) for k in range(1, len(self.times))
+        ]
+        factor = torch.stack([torch.stack(steps[b + 1 : a + 1]).prod(0) for a, b in zip(i.tolist(), j.tolist(), strict=True)])
+        (a, s), (a_r, s_r) = (self.schedule.alpha_sigma(self.times[k]) for k in (i, j))
+        landed = like(a_r, x) * MEAN + factor * (x - like(a, x) * MEAN)
+        x0 = (like(s_r, x) * x - like(s, x) * landed) / like(a * s_r - s * a_r, x)
+        network = Exact(lambda *_: x0, self.schedule, self.target)
+        return network(x, time, cond)
+
+
+@teachers
+@pytest.mark.parametrize("segments", [1, 4])
+def test_a_student_that_is_told_its_end_meets_all_ends_at_once(name, target, segments):
+    objective, schedule = TCD(segments=segments, solver_steps=20, end_input=True), SCHEDULES[name]
+    net = Told(schedule, target, solver_times(GRID, 20))
+    assert loss(objective, Denoiser(net, schedule, target, call), exact(name, target)).max() < 1e-6
+    i, j = (torch.cat(x) for x in zip(*net.ends, strict=True))
+    assert (j < i).all()  # no jump is empty, on an edge neither
+    assert (j >= first_of_segment(20, segments)[i]).all()
+    assert len(set(zip(i.tolist(), j.tolist(), strict=True))) > (100 if segments == 1 else 30)
+
+
+def test_without_being_told_no_student_is_at_rest():
+    """consistency.md 3.1 (c): the eps of an exact jump depends on its end."""
+    for objective in (TCD(steps=1, solver_steps=20), TCD(segments=4, solver_steps=20)):
+        assert loss(objective, exact("flow", "flow"), exact("flow", "flow")).mean() > 1e-4
+
+
+@teachers
+def test_with_a_segment_a_solver_step_the_teacher_is_the_optimum(name, target):
+    """Hyper-SD: k = N segments is to match the teacher step by step."""
+    assert loss(TCD(solver_steps=4, segments=4), exact(name, target), exact(name, target)).max() < 1e-9
+
+
+def test_one_solver_step_in_all_is_one_step_of_consistency():
+    student, teacher = gaussian([0.3, 0.1], [0.5, 0.6], SCHEDULES["flow"], "flow"), exact("flow", "flow")
+    torch.testing.assert_close(
+        loss(TCD(steps=1, solver_steps=1), student, teacher), loss(Consistency(steps=1, solver_steps=1), student, teacher)
+    )
+
+
+@pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_one_network_that_is_fed_the_scale_is_the_optimum_at_every_scale(name, target, segments):
+    """LCM with full weights: at scale g the guided Gaussian's mean is null + g (mean - null)."""
+    schedule, null = SCHEDULES[name], MEAN + 0.3
+    mean = lambda m: Cond({"mean": m[None]})  # noqa: E731
+    objective = Consistency(segments=segments, solver_steps=20, guidance=(1.0, 6.0))
+    assert objective.needs.inputs == ("guidance_scale",)
+    seen = []
+
+    def fed(net, x, time, cond, guidance_scale):
+        seen.append(guidance_scale)
+        net.clean.mean = null + guidance_scale[:, None] * (MEAN - null)
+        return net(x, time, cond)
+
+    network = Exact(Optimum(objective, schedule, GRID), schedule, target)
+    student = Denoiser(lambda x, time, cond, **given: fed(network, x, time, cond, **given), schedule, target, call)
+    teacher = Guided(denoiser(Gaussian([0.0, 0.0], VAR.tolist()), schedule, target), 99.0, mean(null))
+    assert loss(objective, student, teacher, cond=mean(MEAN).expand(N)).max() < 1e-8
+    assert seen[0].min() < 1.2 and seen[0].max() > 5.8 and torch.equal(seen[0], seen[1])
+
+
+def test_targets_come_from_the_average_where_there_is_one():
+    schedule, objective = SCHEDULES["flow"], Consistency(steps=1, solver_steps=20, average=0.95)
+    student, other = (gaussian([m, 0.1], [0.5, 0.6], schedule, "flow") for m in (0.3, -2.0))
+    assert objective.needs.average == 0.95
+    alone, same, apart = (loss(objective, student, exact("flow", "flow"), average=a) for a in (None, student, other))
+    assert torch.equal(alone, same) and not torch.allclose(alone, apart)
+
+
+def test_no_c_is_the_mean_squared_error():
+    student, teacher = gaussian([0.3, 0.1], [0.5, 0.6], SCHEDULES["flow"], "flow"), exact("flow", "flow")
+    squared = loss(Consistency(steps=1, solver_steps=1, huber=None), student, teacher)
+    wide = loss(Consistency(steps=1, solver_steps=1, huber=1e3), student, teacher)
+    torch.testing.assert_close(squared, 2e3 * wide, rtol=1e-4, atol=1e-7)  # sqrt(d^2 + c^2) - c = d^2 / 2c for a large c
+
+
+@pytest.mark.parametrize("kind", [Consistency, TCD])
+def test_a_range_of_scales_that_falls_is_refused(kind):
+    with pytest.raises(ValueError, match=r"a range of scales, \[lowest, highest\], not \[6.0, 2.0\]"):
+        kind(guidance=(6.0, 2.0))
