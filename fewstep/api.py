@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fewstep.experts import PhasedExperts, hand_over, switches
 from fewstep.heads import Discriminator
 from fewstep.networks import Role, build, gather, heads_role, set_weights, swapped
 from fewstep.objectives import Nets
+from fewstep.pixels import looking, pixels_role
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
 from fewstep.stream import rows
@@ -77,8 +78,8 @@ class Study:
         critic = self.player(modules["critic"]) if "critic" in modules else None
         judge, heads = None, self.config.objective.needs.heads
         if "heads" in modules:
-            taps = heads.taps_on(self.roles[heads.backbone].net)
-            judge = Discriminator(self.player(modules[heads.backbone]), taps, modules["heads"])
+            taps, eyes = heads.taps_on(self.roles[heads.backbone].net), self.player(modules[heads.backbone])
+            judge = Discriminator(looking(eyes, heads), taps, modules["heads"])
         student, teacher = self.student(modules["student"]), self.guided(modules["teacher"])
         average = self.player(modules["average"]) if "average" in modules else None
         return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge, average)
@@ -116,9 +117,7 @@ def open_study(config: Config) -> Study:
         try:
             teacher.net.set_attention_backend(backend)
         except (RuntimeError, ImportError, ValueError) as error:
-            raise ValueError(
-                f"train.attention: {config.train.attention} does not work here ({error}); sdpa always does"
-            ) from error
+            raise ValueError(f"train.attention: {backend} does not work here ({error}); sdpa always does") from error
     built = build(
         teacher.net,
         config.kinds(),
@@ -129,6 +128,7 @@ def open_study(config: Config) -> Study:
     )
     roles = gather(built, config.phases, family.call)
     if "heads" in objective.needs.roles:
+        roles |= pixels_role(objective.needs.heads, partial(family.decode, teacher.pipe), getattr(teacher.pipe, "vae", None))
         roles["heads"] = heads_role(roles, objective.needs.heads, config.train.seed)
     return Study(config, teacher, roles, sampler, grid)
 
@@ -270,8 +270,7 @@ class Run:
         results = self.folder / "results.json"
         if results.exists():
             record["results"] = json.loads(results.read_text())
-        # A fresh teacher: the study's network carries the adapters.
-        wish = self.config.teacher
+        wish = self.config.teacher  # loaded afresh: the study's network carries the adapters
         teacher = load_teacher(wish.path, size=wish.size, guidance=wish.guidance)
         return export(
             teacher,

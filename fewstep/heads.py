@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -62,7 +63,8 @@ class _Ending:
 
 @dataclass(frozen=True)
 class Taps:
-    """Blocks of a network and the number of channels of each; patch, channels: how it cuts an image into tokens."""
+    """Blocks of a network and the number of channels of each; patch, channels: how it cuts an image into tokens; 0: in a way of
+    its own."""
 
     blocks: dict[str, nn.Module] = field(repr=False)
     widths: tuple[int, ...]
@@ -80,6 +82,9 @@ class Taps:
             if part.ndim == x_t.ndim:
                 return part
         packing = round((self.channels / x_t.shape[1]) ** 0.5) if self.channels else 1  # 2 where 2x2 latents are one channel set
+        if not self.patch:  # no grid of x_t's: the tokens end with a square
+            side = math.isqrt(parts[0].shape[1])
+            return parts[0][:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
         h, w = (side // (self.patch * packing) for side in x_t.shape[2:])
         # Streams of text and image come apart, or as one sequence with the image's tokens first.
         tokens = min((p for p in parts if p.ndim == 3 and p.shape[1] >= h * w), key=lambda p: p.shape[1])
@@ -95,7 +100,10 @@ def taps_of(net: Any, names: tuple[str, ...]) -> Taps:
         except AttributeError as error:
             there = ", ".join(k for k, _ in net.named_modules() if k and k.count(".") == (k.split(".")[-1].isdigit()))
             raise ValueError(f"taps: {type(net).__name__} has no block {name!r}; there are: {there}") from error
-        widths.append(_width(name, blocks[name]))
+        seen = getattr(net, "widths", {})  # of a network that has looked
+        widths.append(seen[name] if name in seen else _width(name, blocks[name]))
+    if hasattr(net, "widths"):
+        return Taps(blocks, tuple(widths), patch=0)
     config = net.config
     patch = config.get("patch_size") or config.get("all_patch_size", (1,))[0]
     return Taps(blocks, tuple(widths), patch if isinstance(patch, int) else patch[-1], config.get("in_channels"))
@@ -126,6 +134,11 @@ def several(net: Any) -> tuple[str, ...]:
         return (*(f"down_blocks.{i}" for i in range(len(net.down_blocks))), "mid_block")
     name, blocks = _stack(net)
     return tuple(dict.fromkeys(f"{name}.{int(part * len(blocks))}" for part in (0.1, 0.4, 0.7, 0.95)))
+
+
+def stages(net: Any) -> tuple[str, ...]:
+    """What a feature network calls its own."""
+    return net.stages
 
 
 def _stack(net: Any) -> tuple[str, nn.ModuleList]:
@@ -201,10 +214,11 @@ class Forked(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to judge: whose features (the critic's learn from the judging too, the teacher's are frozen), which blocks where
+    """A way to judge: whose features (the critic's learn from the judging too, the teacher's
+    are frozen, pixels are a frozen feature network's on decoded clean samples), which blocks where
     none are named, and the head on each."""
 
-    backbone: Literal["critic", "teacher"]
+    backbone: Literal["critic", "teacher", "pixels"]
     taps: Callable[[Any], tuple[str, ...]]
     head: Callable[[int], nn.Module]
 
@@ -213,18 +227,21 @@ KINDS = {
     "dmd2": Kind("critic", bottleneck, whole),  # arXiv 2405.14867, appendix
     "ladd": Kind("teacher", several, tokenwise),  # arXiv 2403.12015
     "projected": Kind("teacher", bottleneck, averaged),
+    "pixel": Kind("pixels", stages, averaged),  # after ADD, arXiv 2311.17042, and Flash-DMD
 }
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Which heads: kind, a key of KINDS; taps, names of the blocks they listen to (none: the kind's own choice)."""
+    """Which heads: kind, a key of KINDS; taps, names of the blocks they listen to (none: the kind's own choice);
+    features, the network that sees pixels."""
 
     kind: str = "dmd2"
     taps: tuple[str, ...] = ()
+    features: str = "zoo:sprites-clip"
 
     @property
-    def backbone(self) -> Literal["critic", "teacher"]:
+    def backbone(self) -> Literal["critic", "teacher", "pixels"]:
         return KINDS[self.kind].backbone
 
     def taps_on(self, net: Any) -> Taps:

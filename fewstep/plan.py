@@ -14,6 +14,7 @@ from fewstep.deploy import falling, seen_times
 from fewstep.families import Family, family_of, make_scheduler, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.networks import build, gather, heads_role
+from fewstep.pixels import pixels_role
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -39,9 +40,11 @@ def plan(config: Config) -> dict[str, Any]:
     base = sum(p.numel() for p in net.parameters())
     roles = gather(build(net, config.kinds(), lora_targets=family.lora_targets), config.phases, family.call)
     if "heads" in config.objective.needs.roles:
+        roles |= pixels_role(config.objective.needs.heads, lambda x: x, None)  # the one network that is loaded, as small as it is
         with torch.device("meta"):
             roles["heads"] = heads_role(roles, config.objective.needs.heads, config.train.seed)
-    trained = {k: sum(p.numel() for p in role.parameters()) for k, role in roles.items() if k not in ("teacher", "average")}
+    frozen = ("teacher", "average", "pixels")
+    trained = {k: sum(p.numel() for p in role.parameters()) for k, role in roles.items() if k not in frozen}
     width = 2 if config.train.dtype == "bfloat16" else 4
     # weights float32 + gradient + two Adam moments for what is trained, the average for the student, the frozen base once
     averages = 4 * trained["student"] * (1 + ("average" in roles))

@@ -59,11 +59,12 @@ MAY_IMPORT = {
     "zoo": DENOISER | PARTS | {"progress"},
     "zoo.teachers": DENOISER | PARTS | {"zoo", "families"},
     "zoo.build": DENOISER | PARTS | SIDE_DOORS | {"zoo", "zoo.teachers", "evaluation"},
+    "pixels": {"denoiser", "evaluation", "heads", "networks"},
     # where all is joined
     "config": DENOISER | PARTS | {"objectives", "networks", "trainer"},
-    "api": DENOISER | PARTS | SIDE_DOORS | LOOP | {"objectives", "verify", "evaluation", "zoo", "config"},
+    "api": DENOISER | PARTS | SIDE_DOORS | LOOP | {"objectives", "verify", "evaluation", "zoo", "config", "pixels"},
     # what the commands do
-    "plan": SIDE_DOORS | {"config"},
+    "plan": SIDE_DOORS | {"config", "pixels"},
     "drawing": {"api", "data", "evaluation"},
     "judging": {"api", "adapters", "data", "denoiser", "evaluation", "zoo"},
     "listing": {"families", "objectives", "zoo"},

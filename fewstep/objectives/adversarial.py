@@ -25,7 +25,8 @@ class Adversarial(Objective):
     """Adds to an objective a loss on the student's sample that heads, which learn to tell it from real data, give it.
 
     inner: the objective; `steps` and `sampler` are its. heads: dmd2 (the critic's bottleneck, which learns along; arXiv
-    2405.14867), ladd (several blocks of the frozen teacher, a logit a token; arXiv 2403.12015), projected (one of its blocks);
+    2405.14867), ladd (several blocks of the frozen teacher, a logit a token; arXiv 2403.12015), projected (one of its blocks),
+    pixel (the image tower `features`, zoo:NAME or open_clip:..., of decoded samples without noise);
     taps: other blocks for them. loss: a key of CONTESTS. weight: of the student's term; judge_weight: of the heads' beside the
     critic's own. low, high, shift: times to which samples are noised before they are judged. paired: real and fake share time
     and noise. shared: heads on the critic read the very pass in which it denoises, at its times, where DMD2 noises afresh.
@@ -36,8 +37,9 @@ class Adversarial(Objective):
     """
 
     inner: Objective = field(default_factory=DMD)
-    heads: Literal["dmd2", "ladd", "projected"] = "dmd2"
+    heads: Literal["dmd2", "ladd", "projected", "pixel"] = "dmd2"
     taps: tuple[str, ...] = ()
+    features: str = "zoo:sprites-clip"
     loss: Literal["non_saturating", "hinge", "least_squares", "relativistic"] = "non_saturating"
     weight: float = 3e-3
     judge_weight: float = 1e-2
@@ -69,7 +71,7 @@ class Adversarial(Objective):
         if "heads" in inner.roles:
             return replace(inner, images=True)
         roles = dict.fromkeys((*inner.roles, *(("critic",) if KINDS[self.heads].backbone == "critic" else ()), "heads"))
-        return replace(inner, roles=tuple(roles), images=True, heads=Heads(self.heads, self.taps))
+        return replace(inner, roles=tuple(roles), images=True, heads=Heads(self.heads, self.taps, self.features))
 
     def round(self, step: int) -> list[Turn]:
         turns = self.inner.round(step)
@@ -127,15 +129,17 @@ class Adversarial(Objective):
         return overheard(turn, nets, batch, rng) if share else (turn.loss(nets, batch, rng), None)
 
     def _views(self, nets: Nets, batch: Batch, sample: Tensor, fake: View | None, rng: Stream) -> tuple[View, View]:
-        """Noised real data and the noised sample: at the times of a fake that is judged already, or at times of their own."""
+        """Noised real data and sample: at the times of a fake that is judged already, or at times of their own."""
         assert batch.latents is not None
         if fake is not None:
             return noised(nets, batch.latents, fake.t, rng.child("real")), fake
-        views = []
-        for name, x in (("real", batch.latents), ("fake", sample)):
-            own = rng.child("both" if self.paired else name)
-            views.append(noised(nets, x, Uniform(self.low, self.high, self.shift).sample(len(x), own), own))
-        return views[0], views[1]
+        if self.needs.heads.backbone == "pixels":
+            clean = torch.zeros(len(sample), dtype=torch.float64)
+            return View(batch.latents, clean), View(sample, clean)
+        law = Uniform(self.low, self.high, self.shift)
+        a, b = (rng.child("both" if self.paired else name) for name in ("real", "fake"))
+        ts = law.sample(len(sample), a), law.sample(len(sample), b)
+        return noised(nets, batch.latents, ts[0], a), noised(nets, sample, ts[1], b)
 
 
 def _sample(student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Tensor:

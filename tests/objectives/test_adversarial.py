@@ -251,3 +251,11 @@ def test_the_real_are_images_or_the_teachers_own_samples(data):
     assert parse(tree).objective.needs.images
     with pytest.raises(ValueError, match="objective adversarial needs images"):
         parse({**tree, "data": {"prompts": "zoo:sprites"}})
+
+
+def test_pixels_are_judged_without_noise():
+    judge, x = asked(), torch.randn(8, 1, dtype=torch.float64)
+    batch = Batch(NOTHING, (8, 1), torch.randn(8, 1, dtype=torch.float64))
+    Adversarial(heads="pixel").heads_loss(None, x, nets(judge), batch, stream(0, 0, 0, 0))
+    ((shown, t),) = judge.shown
+    assert torch.equal(shown, torch.cat([batch.latents, x])) and not t.any()
