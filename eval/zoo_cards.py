@@ -22,8 +22,8 @@ from fewstep.zoo.sprites import captions
 
 STEPS = [50, 8, 4, 2, 1]
 ABOUT = {
-    "sprites-sd": "Small Stable Diffusion: AutoencoderKL (8x), CLIP text encoder, epsilon-predicting UNet on 8x8x4 latents.",
-    "sprites-flow": "A flow-matching transformer (ZImagePipeline) with a Qwen3 text encoder, on the latents of sprites-sd.",
+    "sprites-sd": "Small Stable Diffusion: AutoencoderKL (8x), CLIP text encoder, epsilon-predicting UNet on 8x8x8 latents.",
+    "sprites-flow": "A flow-matching transformer (ZImagePipeline) with a Qwen3 text encoder, on 16x16x4 latents.",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -19,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.families import FAMILIES
 from fewstep.schedules import NoiseSchedule
+from fewstep.zoo.grammar import UNASKED, answers
 from fewstep.zoo.words import clip_tokenizer, qwen_tokenizer
 
 TEXT_WIDTH = 64
@@ -45,8 +48,8 @@ def sprites_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
     )
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
         block_out_channels=(48, 80),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -85,7 +88,7 @@ def sprites_flow(vae: AutoencoderKL) -> ZImagePipeline:
         )
     )
     transformer = ZImageTransformer2DModel(
-        in_channels=4,
+        in_channels=vae.config.latent_channels,
         dim=96,
         n_layers=4,
         n_refiner_layers=1,
@@ -100,7 +103,7 @@ def sprites_flow(vae: AutoencoderKL) -> ZImagePipeline:
 
 
 class SpritesSD(nn.Module):
-    """What is trained of `sprites_sd`: UNet and text encoder, jointly."""
+    """What is trained of `sprites_sd`: the text encoder (to read, `fewstep.zoo.grammar`), then the UNet."""
 
     def __init__(self, pipe: StableDiffusionPipeline, captions: list[str]) -> None:
         super().__init__()
@@ -109,26 +112,42 @@ class SpritesSD(nn.Module):
         self.denoiser = Denoiser(self.net, family.schedule(pipe.scheduler), "epsilon", family.call)
         tokens = pipe.tokenizer(["", *captions], padding="max_length", truncation=True, return_tensors="pt")
         self.tokens = tokens.input_ids
+        self.asked = asked(pipe.tokenizer, captions, self.tokens)
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """The text encoder's states (B, L, width) of the captions with these numbers; 0 is the empty one."""
+        return self.text(self.tokens[rows])[0]
 
     def cond(self, rows: Tensor) -> Cond:
-        """Conditions of the captions with these numbers; 0 is the empty one."""
-        return Cond({"prompt": self.text(self.tokens[rows])[0]})
+        """Conditions of the captions with these numbers."""
+        return Cond({"prompt": self.hidden(rows)})
 
     def loss(self, x0: Tensor, rows: Tensor, rng: torch.Generator) -> Tensor:
-        """Noise regression weighted by min(SNR, 5) / SNR (Hang et al. 2023): clean times would dominate a short training."""
+        """Noise regression with the weight of `weight`: clean times would dominate a short training, and noisy ones, where
+        places and relations are decided, would hardly count."""
         t = torch.rand(len(x0), generator=rng, dtype=torch.float64).clamp_min(1e-3)
         eps = torch.randn(x0.shape, generator=rng)
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, self.cond(rows))
-        return ((prediction.eps - eps).square().flatten(1).mean(1) * min_snr(self.denoiser.schedule, t)).mean()
+        return ((prediction.eps - eps).square().flatten(1).mean(1) * weight(self.denoiser.schedule, t)).mean()
 
 
-def min_snr(schedule: NoiseSchedule, t: Tensor, most: float = 5.0) -> Tensor:
+def weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """clamp(SNR, 1, 5) / SNR, at most 8: the square of x0's error counts once at noisy times (truncated SNR, Salimans and Ho
+    2022, section 4) and at most five times at clean ones (min-SNR, Hang et al. 2023)."""
     alpha, sigma = schedule.alpha_sigma(t)
-    return (most * (sigma / alpha) ** 2).clamp(max=1).float()
+    snr = (alpha / sigma) ** 2
+    return (snr.clamp(1, 5) / snr).clamp(max=8).float()
+
+
+def asked(tokenizer: Any, captions: list[str], tokens: Tensor) -> Tensor:
+    """What a reader of each caption (and of the empty one, first) should know at each token: int8 (N + 1, L, questions)."""
+    words = [w.removesuffix("</w>").removeprefix("Ġ") for w in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    rows = zip(["", *captions], tokens.tolist(), strict=True)
+    return torch.tensor([answers(text, [words[i] for i in row]) for text, row in rows], dtype=torch.int8)
 
 
 class SpritesFlow(nn.Module):
-    """What is trained of `sprites_flow`: transformer and text encoder, jointly."""
+    """What is trained of `sprites_flow`: the text encoder (to read, `fewstep.zoo.grammar`), then the transformer."""
 
     def __init__(self, pipe: ZImagePipeline, captions: list[str]) -> None:
         super().__init__()
@@ -138,19 +157,24 @@ class SpritesFlow(nn.Module):
         chats = [pipe.tokenizer.apply_chat_template([{"role": "user", "content": c}], tokenize=False) for c in ("", *captions)]
         tokens = pipe.tokenizer(chats, padding="max_length", max_length=32, truncation=True, return_tensors="pt")
         self.tokens, self.mask = tokens.input_ids, tokens.attention_mask
+        self.asked = asked(pipe.tokenizer, captions, self.tokens).where(self.mask[..., None] > 0, UNASKED)
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """The text encoder's states (B, L, width) of the captions with these numbers, as the pipeline takes them; 0 is empty."""
+        return self.text(self.tokens[rows], attention_mask=self.mask[rows], output_hidden_states=True).hidden_states[-2]
 
     def cond(self, rows: Tensor) -> Cond:
-        """Conditions of the captions with these numbers; 0 is the empty one."""
-        mask = self.mask[rows]
-        hidden = self.text(self.tokens[rows], attention_mask=mask, output_hidden_states=True).hidden_states[-2]
-        return Cond({"prompt": hidden, "length": mask.sum(1)})
+        """Conditions of the captions with these numbers."""
+        return Cond({"prompt": self.hidden(rows), "length": self.mask[rows].sum(1)})
 
     def loss(self, x0: Tensor, rows: Tensor, rng: torch.Generator) -> Tensor:
-        """Velocity regression at logit-normal times (Esser et al. 2024, section 3.1)."""
-        t = torch.randn(len(x0), generator=rng, dtype=torch.float64).sigmoid().clamp(1e-4, 1)
+        """Velocity regression at uniform times (Lipman et al. 2022): logit-normal ones leave the noisy end, where places and
+        relations are decided, too little."""
+        t = torch.rand(len(x0), generator=rng, dtype=torch.float64).clamp_min(1e-4)
         eps = torch.randn(x0.shape, generator=rng)
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, self.cond(rows))
         return F.mse_loss(prediction.velocity, eps - x0)
 
 
-TEACHERS = {"sprites-sd": (sprites_sd, SpritesSD), "sprites-flow": (sprites_flow, SpritesFlow)}
+# Each pipeline, what is trained of it, and by what its autoencoder divides sides.
+TEACHERS = {"sprites-sd": (sprites_sd, SpritesSD, 8), "sprites-flow": (sprites_flow, SpritesFlow, 4)}

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 
 from fewstep.adapters import load_teacher
@@ -34,18 +33,18 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         folder("sprites-xl")
 
 
-def test_reconstructions_are_read_like_drawings():
+@pytest.mark.parametrize("name", TEACHERS)
+def test_reconstructions_are_read_like_drawings(name):
     images, texts = draw(11, 200)
-    teacher = load_teacher("zoo:sprites-sd")
+    teacher = load_teacher(f"zoo:{name}")
     again = teacher.to_images(teacher.to_latents(images))
     assert accuracy(texts, again).mean() >= 0.97
 
 
-def test_latents_are_standardised_and_shared_by_both_teachers():
-    images, _ = draw(12, 100)
-    one, two = (load_teacher(f"zoo:{n}").to_latents(images) for n in TEACHERS)
-    assert torch.equal(one, two)
-    assert one.mean().abs() < 0.1 and abs(one.std() - 1) < 0.1
+@pytest.mark.parametrize("name", TEACHERS)
+def test_latents_are_standardised(name):
+    latents = load_teacher(f"zoo:{name}").to_latents(draw(12, 100)[0])
+    assert latents.mean().abs() < 0.1 and abs(latents.std() - 1) < 0.1
 
 
 @pytest.mark.parametrize("name", TEACHERS)
