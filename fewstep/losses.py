@@ -63,6 +63,12 @@ def unit(direction: Tensor, floor: float) -> Tensor:
     return direction / scale.reshape(-1, *([1] * (direction.ndim - 1)))
 
 
+def tamed(x: Tensor, direction: Tensor, floor: float, power: float) -> Tensor:
+    """`push` (B,) weighed by (mean square of the direction + floor)^-power: with power 1 a far sample's gradient shrinks, with
+    1/2 all have one size (MeanFlow, arXiv 2505.13447, section 4.3, which takes the sum, not the mean, of squares)."""
+    return push(x, direction) * (flat_mean(direction.detach().square()) + floor) ** -power
+
+
 def moments_kl(x: Tensor, mean: float, std: float) -> Tensor:
     """KL(N(m, s^2) || N(mean, std^2)) of the mean m and the spread s of the elements of each sample (B,), which has several."""
     flat = _wide(x).flatten(1)

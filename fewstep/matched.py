@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Cond, Prediction
+from fewstep.denoiser import Cond, Denoiser, Prediction
 from fewstep.sampling import Predictor
 from fewstep.schedules import NoiseSchedule, like
 
@@ -31,13 +31,30 @@ class Matched:
         # One-sided derivatives at the very end of a table would be zero.
         return min(float(self.schedule.t_of_ratio(sigma / alpha)), 1.0) - 1e-9
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        """The prediction at x_t (B, C, *S) on this schedule and t (B,) in (0, highest]."""
+    @cached_property
+    def lowest(self) -> float:
+        """The t of this schedule at the lowest level of a table of a thousand, below which no network was asked."""
+        alpha, sigma = self.denoiser.schedule.alpha_sigma(torch.full((1,), 1e-3, dtype=torch.float64))
+        return float(self.schedule.t_of_ratio(sigma / alpha))
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, r: Tensor | None = None) -> Prediction:
+        """The prediction at x_t (B, C, *S) on this schedule and t (B,) in (0, highest].
+
+        r: the end of the jump (B,), also on this schedule, for a network that takes it; its sign is handed on."""
         alpha, sigma = self.schedule.alpha_sigma(t)
-        own = self.denoiser.schedule
-        t_own = own.t_of_ratio(sigma / alpha)
-        found = self.denoiser(like(_norm(*own.alpha_sigma(t_own)) / _norm(alpha, sigma), x_t) * x_t, t_own, cond)
+        own, t_own = self.denoiser.schedule, self.own(t)
+        x_own = like(_norm(*own.alpha_sigma(t_own)) / _norm(alpha, sigma), x_t) * x_t
+        if r is None:
+            found = self.denoiser(x_own, t_own, cond)
+        else:
+            assert isinstance(self.denoiser, Denoiser)
+            found = self.denoiser(x_own, t_own, cond, r=r.sign() * self.own(r.abs()))
         return Prediction(found.x0, found.eps, like(alpha, found.x0), like(sigma, found.x0))
+
+    def own(self, t: Tensor) -> Tensor:
+        """The t of the denoiser's own schedule at which the noise ratio is that of t here."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return self.denoiser.schedule.t_of_ratio(sigma / alpha)
 
 
 def _norm(alpha: Tensor, sigma: Tensor) -> Tensor:

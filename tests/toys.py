@@ -220,6 +220,32 @@ def ddim_factor(schedule: NoiseSchedule, t: Tensor, r: Tensor, var: Tensor) -> T
     return (a_r * a * var + s_r * s) / (a**2 * var + s**2)
 
 
+class Jump(nn.Module):
+    """The network whose DDIM jump from t to the end that it is told is exact for N(mean, diag var); at r = t the posterior.
+
+    A negative end is told apart: it asks for the law `twin` at |r|, where there is one."""
+
+    def __init__(
+        self, mean: Tensor, var: Tensor, schedule: NoiseSchedule, target: str, twin: tuple[Tensor, Tensor] | None = None
+    ):
+        super().__init__()
+        self.mean, self.var = nn.Parameter(mean.clone()), nn.Parameter(var.clone())
+        self.schedule, self.target, self.twin = schedule, target, twin
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond, *, end_time: Tensor) -> Tensor:
+        schedule, t, r = self.schedule, heard(self.schedule, time), end_time
+        fake = like(r < 0, x).bool()
+        mean, var = (torch.where(fake, b, a) for a, b in zip((self.mean, self.var), self.twin or (self.mean, self.var)))
+        (a, s), (a_r, s_r) = ((like(c, x) for c in schedule.alpha_sigma(u)) for u in (t, r.abs()))
+        x_r = a_r * mean + ((a_r**2 * var + s_r**2) / (a**2 * var + s**2)).sqrt() * (x - a * mean)
+        apart = a_r * s - s_r * a
+        here = apart < 1e-9  # where the jump is empty
+        jumped = (s * x_r - s_r * x) / torch.where(here, 1.0, apart)
+        x0 = torch.where(here, mean + posterior(a, s, var) * (x - a * mean), jumped)
+        b, c = TARGETS[self.target](a, s)
+        return b * x0 + c * (x - a * x0) / s
+
+
 class Learner(nn.Module):
     """A frozen exact network plus a small trained one that starts at zero, so that the student starts as its teacher."""
 

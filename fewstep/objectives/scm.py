@@ -72,9 +72,7 @@ class SCM(Objective):
 
 def times(law: LogNormal, n: int, rng: Stream, student: Matched) -> Tensor:
     """Times of TrigFlow (n,) between the lowest level of a table of a thousand and the student's own noise end."""
-    lowest = torch.full((1,), 1e-3, dtype=torch.float64)
-    alpha, sigma = student.denoiser.schedule.alpha_sigma(lowest)
-    return law.sample(n, rng, TRIG).clamp(float(TRIG.t_of_ratio(sigma / alpha)), student.highest)
+    return law.sample(n, rng, TRIG).clamp(student.lowest, student.highest)
 
 
 def tangent(

@@ -28,6 +28,7 @@ ROUNDS = {
     "dmd": 400,
     "dmd1": 400,
     "f_distill": 330,
+    "meanflow": 300,
     "phased_dmd": 300,
     "rcm": 150,
     "reflow": 200,
