@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fewstep import trainer
 from fewstep.api import open_study
 from fewstep.config import parse
+from fewstep.costs import Passes, saved_bytes
 from fewstep.data import open_source
 from fewstep.evaluation.results import environment
 from fewstep.objectives.base import Batch
@@ -44,20 +44,6 @@ class Waits(TorchDispatchMode):
         if "_local_scalar_dense" in str(func) and args[0].dtype == torch.float32:
             self.count += 1
         return func(*args, **(kwargs or {}))
-
-
-def activation_bytes(run: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps between forward and backward of `run`, parameters left out."""
-    seen: dict[int, int] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(x, torch.nn.Parameter) and not x.is_leaf:
-            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        run()
-    return sum(seen.values())
 
 
 def median_ms(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -82,12 +68,6 @@ def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
     accelerator = trainer.make_accelerator(config.train)
     players = {n: trainer.Player(study.roles[n], config.train, accelerator) for n in ("student", "critic")}
     nets = study.nets({**study.roles, **{n: p.module for n, p in players.items()}})
-    calls: Counter[tuple[str, int, bool]] = Counter()
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: calls.update([(name, len(args[0]), torch.is_grad_enabled())])
-
-    hooks = [role.register_forward_pre_hook(note(name), with_kwargs=True) for name, role in study.roles.items()]
 
     def turn(number: int, i: int, kind: Any, update: bool = True) -> None:
         rng = stream(0, 0, number, i)
@@ -104,16 +84,13 @@ def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
             turn(number, i, kind)
 
     one_round()
-    calls.clear()
-    with Waits() as waits:
+    with Waits() as waits, Passes(study.roles) as counted:
         one_round()
-    made = dict(calls)
+    made = {(name, rows, graph): times for (name, graph, rows), times in counted.made.items()}
     kinds = {t.player: t for t in config.objective.round(0)}
     saved = {}
     for name, kind in kinds.items():
-        saved[name] = activation_bytes(lambda kind=kind: turn(0, 0, kind, update=False))
-    for hook in hooks:
-        hook.remove()
+        saved[name] = saved_bytes(lambda kind=kind: turn(0, 0, kind, update=False))
     cond, *_ = source.draw(2 * BATCH, stream(0, 0, 0, 0))
     x, t = torch.randn(2 * BATCH, *source.shape), torch.full((2 * BATCH,), 0.5, dtype=torch.float64)
 

@@ -22,9 +22,10 @@ from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.experts import PhasedExperts, hand_over, switches
 from fewstep.heads import Discriminator
-from fewstep.networks import Role, build, gather, heads_role, set_weights, swapped
+from fewstep.networks import Role, build, gather, heads_role, set_weights
 from fewstep.objectives import Nets
 from fewstep.pixels import looking, pixels_role
+from fewstep.preview import Preview
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
 from fewstep.stream import rows
@@ -104,6 +105,11 @@ class Study:
     def steps(self) -> tuple[int, ...]:
         """The step counts a student is looked at: 1, 2, 4, and its own."""
         return tuple(sorted({1, 2, 4, self.config.objective.steps}))
+
+    def preview(self, prompts: Sequence[str], folder: Path) -> Preview:
+        """Pictures of the student at 1, 2, 4 and its own steps beside the teacher's."""
+        teacher, student = partial(self.draw_teacher, prompts, 50), partial(self.draw_student, prompts)
+        return Preview(self.roles["student"], teacher, student, self.steps(), self.config.objective.steps, folder)
 
 
 def open_study(config: Config) -> Study:
@@ -191,34 +197,13 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
         scratch.write_text(config.dump())
         os.replace(scratch, stored)
     identity = {"grid": list(study.grid), "sampler": study.sampler}
-    preview = Preview(study, source.prompts, folder / "grids")
+    preview = study.preview(source.prompts[:8], folder / "grids")
     fit(
         Job(config.objective, study.roles, study.nets, source, config.train, folder, identity, preview),
         resume=resume,
         accelerator=accelerator,
     )
     return Run(folder)
-
-
-class Preview:
-    """Grids of the same prompts and seeds through a run: the teacher's row, then the student at 1, 2 and 4 steps."""
-
-    def __init__(self, study: Study, prompts: list[str], folder: Path, n: int = 8) -> None:
-        self.study, self.folder = study, folder
-        self.prompts = prompts[:n]
-        self.top: np.ndarray | None = None
-
-    def __call__(self, done: int, weights: Mapping[str, Tensor]) -> None:
-        from PIL import Image
-
-        study = self.study
-        if self.top is None:
-            self.top = study.draw_teacher(self.prompts, 50)
-        with swapped(study.roles["student"], weights):
-            lines = [self.top, *(study.draw_student(self.prompts, n) for n in study.steps())]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        page = np.concatenate([np.concatenate(list(line), 1) for line in lines], 0)
-        Image.fromarray(page).save(self.folder / f"round-{done:07d}.png")
 
 
 class Run:

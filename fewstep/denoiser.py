@@ -159,6 +159,14 @@ class Denoiser:
         """The network's own output, recovered from its prediction: pairs with `aim`."""
         return self.aim(prediction.x0, prediction.eps, t)
 
+    def linear_loss(self, x0: Tensor, t: Tensor) -> Tensor:
+        """The loss (B,) in the native target that is left to a denoiser which knows of the law of x0 (B, C, *S) the mean and
+        spread of each channel only: (A sigma - B alpha)^2 var / (alpha^2 var + sigma^2), the least there is for a normal law."""
+        alpha, sigma = (like(c, x0) for c in self.schedule.alpha_sigma(t))
+        a, b = (like(c, x0) for c in TARGETS[self.target](*self.schedule.alpha_sigma(t)))
+        var = x0.detach().transpose(0, 1).flatten(1).var(1, correction=0).reshape(1, -1, *([1] * (x0.ndim - 2)))
+        return ((a * sigma - b * alpha).square() * var / (alpha.square() * var + sigma.square())).flatten(1).mean(1)
+
 
 def complete(x_t: Tensor, out: Tensor, coefficients: tuple[Tensor, Tensor, Tensor, Tensor]) -> Prediction:
     """Solves A x0 + B eps = out, alpha x0 + sigma eps = x_t for (x0, eps), in float32 (or float64 where x_t is)."""

@@ -55,3 +55,9 @@ class Track(Generic[T]):
 def track(items: Iterable[T], what: str, total: int, *, start: int = 0, each: int = 1, active: bool = True) -> Track[T]:
     """Iterates over items and shows how far that is: `each` counts an item for, up to `total`, from `start` on."""
     return Track(items, what, total, start, each, active and os.environ.get("RANK", "0") == "0")
+
+
+def say(text: str) -> None:
+    """One line among the progress, which a bar makes room for. Only the first process speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stderr)

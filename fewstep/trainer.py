@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from fewstep import checkpoint
 from fewstep.data import Source
 from fewstep.ema import Ema
 from fewstep.experts import PhasedExperts
-from fewstep.monitor import Log, Meter
+from fewstep.monitor import Monitor
 from fewstep.networks import Role, follow, set_weights
 from fewstep.objectives.base import Batch, Losses, Nets, Objective
 from fewstep.progress import track
@@ -70,7 +69,7 @@ class Settings:
 @dataclass(frozen=True)
 class Job:
     """Everything `fit` runs: nets makes the players' denoisers from their (wrapped) modules; preview draws a picture of the
-    student with the given weights; identity is stored with every checkpoint."""
+    student with the given weights and may say numbers of it to log; identity is stored with every checkpoint."""
 
     objective: Objective
     roles: dict[str, Role | PhasedExperts]
@@ -79,7 +78,7 @@ class Job:
     settings: Settings
     folder: Path
     identity: dict[str, Any] = field(default_factory=dict)
-    preview: Callable[[int, Mapping[str, Tensor]], None] | None = None
+    preview: Callable[[int, Mapping[str, Tensor]], Mapping[str, float] | None] | None = None
 
 
 class Diverged(ValueError):
@@ -156,12 +155,9 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
     players = {name: Player(job.roles[name], settings, accelerator, name in needs.restarts) for name in names}
     nets = job.nets({**job.roles, **{name: p.module for name, p in players.items()}})
     averages = _averages(job)
-    log, start = Log(job.folder, accelerator.is_main_process), 0
-    if resume:
-        start = _restore(job, players, averages)
-        log.forget_after(start)
+    start = _restore(job, players, averages) if resume else 0
     _follow(job, averages)
-    meter, began = Meter(), time.perf_counter()
+    monitor = Monitor(job.folder, job.roles, start, active=accelerator.is_main_process)
     bar = track(range(start, settings.rounds), "train", settings.rounds, start=start)
     with _interruptible() as stopped:
         for round_ in bar:
@@ -174,36 +170,29 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
                     player.role.requires_grad_(name in turn.movers)
                 if turn.fresh:
                     players[turn.player].restart()
-                losses: Losses = turn.loss(nets, batch, rng)
+                with monitor.passes:
+                    losses: Losses = turn.loss(nets, batch, rng)
                 accelerator.backward(losses.total)
-                for name in turn.movers:
-                    norm = players[name].update(settings.rate(name, round_), settings.clip)
-                    meter.add(f"{name}/grad_norm", norm)
+                norms = {name: players[name].update(settings.rate(name, round_), settings.clip) for name in turn.movers}
+                monitor.turn(turn.player, losses, norms)
                 for name, share in turn.followers.items():
                     follow(job.roles[name], job.roles[turn.player], share)
                 if "student" in turn.movers:
                     for average in averages.values():
                         average.update(job.roles["student"].weights(), round_)
                     _follow(job, averages)
-                for name, value in {**{k: v.mean() for k, v in losses.terms.items()}, **losses.stats}.items():
-                    meter.add(f"{turn.player}/{name}", value)
             done = round_ + 1
             stop = _agreed(stopped(), done % settings.log_every == 0, accelerator)
             last = done == settings.rounds or stop
             if done % settings.log_every == 0 or last:
                 _check(players, done)
-                record = {
-                    "round": done,
-                    "seconds": time.perf_counter() - began,
-                    **meter.take(lambda x: accelerator.reduce(x, "mean")),
-                }
-                record |= {f"{name}/skipped": float(p.skipped) for name, p in players.items()}
-                log.write(record)
+                skipped = {name: float(player.skipped) for name, player in players.items()}
+                record = monitor.record(done, settings.batch, skipped, lambda x: accelerator.reduce(x, "mean"))
                 bar.note = ", ".join(f"{k} {v:.3g}" for k, v in record.items() if k.endswith(("/dm", "/consistency", "/denoise")))
             if done % settings.save_every == 0 or last:
                 _save(job, players, averages, done, accelerator)
             if job.preview and accelerator.is_main_process and (done % settings.preview_every == 0 or last):
-                job.preview(done, averages["ema"].shadow)
+                monitor.tell({"round": done, **(job.preview(done, averages["ema"].shadow) or {})})
             if stop:
                 raise KeyboardInterrupt
     accelerator.wait_for_everyone()

@@ -15,7 +15,7 @@ DENOISER = MATH | {"denoiser"}
 PARTS = {"sampling", "times", "heads", "experts", "matched", "tangents"}
 TEACHER = {"families", "folders", "deploy", "adapters"}
 SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "proof", "export"}
-LOOP = {"trainer", "ema", "checkpoint", "monitor", "progress"}
+LOOP = {"trainer", "ema", "checkpoint", "advice", "costs", "monitor", "progress"}
 COMMANDS = {"plan", "drawing", "judging", "listing", "doctor", "demo"}
 MAY_IMPORT = {
     # upwards, one layer a paragraph
@@ -39,7 +39,10 @@ MAY_IMPORT = {
     #
     "ema": set(),
     "checkpoint": {"ema"},
-    "monitor": DENOISER | PARTS,
+    "advice": set(),
+    "costs": set(),
+    "monitor": {"advice", "costs", "progress", "objectives"},
+    "preview": {"experts", "monitor", "networks"},
     "trainer": DENOISER | PARTS | LOOP | {"objectives", "networks", "data"},
     # side doors: they know Diffusers, and nothing of objectives and the trainer
     "families": DENOISER | PARTS,
@@ -62,7 +65,7 @@ MAY_IMPORT = {
     "pixels": {"denoiser", "evaluation", "heads", "networks"},
     # where all is joined
     "config": DENOISER | PARTS | {"objectives", "networks", "trainer"},
-    "api": DENOISER | PARTS | SIDE_DOORS | LOOP | {"objectives", "verify", "evaluation", "zoo", "config", "pixels"},
+    "api": DENOISER | PARTS | SIDE_DOORS | LOOP | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "preview"},
     # what the commands do
     "plan": SIDE_DOORS | {"config", "pixels"},
     "drawing": {"api", "data", "evaluation"},

@@ -91,7 +91,7 @@ def same(a, b):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_gb")} for line in lines]
 
 
 @dataclass(frozen=True)
@@ -434,7 +434,7 @@ def test_a_run_folder_holds_what_the_design_names(setup, tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     run = api.train(setup(rounds=2, save_every=1), tmp_path / "run")
     names = {f.name for f in run.folder.iterdir()}
-    assert names - {"tensorboard"} == {"config.yaml", "metrics.jsonl", "grids", "checkpoints"}
+    assert names - {"tensorboard", "advice.jsonl"} == {"config.yaml", "metrics.jsonl", "grids", "checkpoints"}
     assert [f.name for f in (run.folder / "grids").iterdir()] == ["round-0000002.png"]
     assert Image.open(run.folder / "grids/round-0000002.png").size == (3 * 64, 4 * 64)  # 3 prompts; teacher, student at 1, 2, 4
     assert sorted(f.name for f in (run.folder / "checkpoints").iterdir()) == ["step-0000001", "step-0000002"]

@@ -182,7 +182,8 @@ def denoise(critic: Denoiser, batch: Batch, x: Tensor, low: float, rng: Stream, 
     t = Uniform(low, 1.0).sample(len(x), rng)
     eps = rng.normal_like(x)
     prediction = (by or critic)(critic.schedule.add_noise(x, eps, t), t, batch.cond)
-    return Losses({"denoise": mse(critic.native(prediction, t), critic.aim(x, eps, t))}, sample=x)
+    stats = {"denoise_linear": critic.linear_loss(x, t).mean()}  # what the monitors hold the loss against
+    return Losses({"denoise": mse(critic.native(prediction, t), critic.aim(x, eps, t))}, stats, x)
 
 
 def _walk(nets: Nets, noise: Tensor, batch: Batch, rng: Stream) -> Iterator:
