@@ -113,17 +113,20 @@ class Gained(nn.Module):
         return out if self.now is None else out + self.now.to(out.dtype)
 
 
-def fold_guidance(net: Any, g: float) -> None:
-    """Makes a network that takes GUIDANCE through a gained embedder one that draws at scale g and takes nothing, in place.
+def fold(net: Any, g: float) -> None:
+    """Makes a network that takes inputs through gained embedders one that takes none of them, in place: it draws at the scale g,
+    and all its jumps end at the clean end.
 
-    Its embedding of g is a constant, and goes into the bias that ends the time embedding. Raises ValueError if the network takes
-    an end time, which no constant can stand for, or where the time embedding does not end in a linear layer with a bias."""
+    The embeddings of g and of 0 are constants, and go into the bias that ends the time embedding. Raises ValueError where the
+    time embedding does not end in a linear layer with a bias."""
     module = _time_module(net)
     last: nn.Module = [m for m in module.modules() if not list(m.children())][-1]
-    if END in inputs(net) or not isinstance(last, nn.Linear) or last.bias is None:
+    if not isinstance(last, nn.Linear) or last.bias is None:
         raise ValueError("the inputs of this network cannot be folded into its time embedding; keep the student in fewstep")
+    constants = {GUIDANCE: g - 1.0, END: 0.0}
     with torch.no_grad():
-        last.bias.add_(net.gained.embed[GUIDANCE](waves(torch.tensor([g - 1.0])))[0])
+        for name, embed in net.gained.embed.items():
+            last.bias.add_(embed(waves(torch.tensor([constants[name]])))[0])
     module._forward_hooks.clear()
     net._forward_pre_hooks.clear()
     net._forward_pre_hooks_with_kwargs.clear()

@@ -55,6 +55,11 @@ def export(
     could feed the student what it takes."""
     to = Path(to).absolute()
     form = _form(teacher, kind, form, layout)
+    if isinstance(kind, Full) and embedders.END in kind.inputs and steps > 1:
+        raise ValueError(
+            f"this student of {steps} steps takes the end of its jump, which no stock pipeline would tell it; sample it with "
+            "fewstep, or train one for one step to export it, whose jump has one end"
+        )
     names = loraformat.naming(layout, teacher.family.component) if form == "lora" else None
     _restore(to)
     refuse_foreign(to)
@@ -99,11 +104,6 @@ def _form(teacher: Teacher, kind: Full | Lora, form: str | None, layout: str) ->
         form = "lora" if isinstance(kind, Lora) and teacher.family.lora_loader else "full"
     if form not in ("lora", "full"):
         raise ValueError(f"an export is 'lora' or 'full', not {form!r}")
-    if isinstance(kind, Full) and embedders.END in kind.inputs:
-        raise ValueError(
-            "this student takes the end of its jump, which no stock pipeline would tell it; sample it with fewstep, or train one "
-            "without that input to export it"
-        )
     if form == "lora" and isinstance(kind, Full):
         raise ValueError("this student was trained as full weights and has no LoRA; export it with form='full'")
     if form == "lora" and not teacher.family.lora_loader:
@@ -157,9 +157,10 @@ def _deployed(teacher: Teacher, student: Role, folded: dict[str, Tensor], schedu
     if folded:
         net = copy.deepcopy(teacher.net)
         net.load_state_dict(loraformat.merge(net.state_dict(), folded))
-    if embedders.GUIDANCE in embedders.inputs(net) and not embedders.stock_guidance(net):
+    takes = embedders.inputs(net)
+    if embedders.END in takes or (embedders.GUIDANCE in takes and not embedders.stock_guidance(net)):
         net = copy.deepcopy(net)
-        embedders.fold_guidance(net, guidance)
+        embedders.fold(net, guidance)
     parts = {teacher.family.component: net, "scheduler": scheduler}
     if teacher.family.deployed:
         return getattr(diffusers, teacher.family.deployed)(**parts)
@@ -238,7 +239,7 @@ def _write_reference(
 
     Of large pictures every `stride`-th row and column is kept. Pipelines without text draw their latents themselves, as here."""
     text = _takes_text(teacher)
-    denoiser = teacher.denoiser(student, guidance)
+    denoiser = teacher.denoiser(student, guidance, (1.0,))  # one that takes the end of its jump goes to the clean end
     prompts = list(PROMPTS) if text else ["", ""]
     cond = teacher.encode(prompts)
     shape = (len(prompts), *teacher.latent_shape)

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, TEACHERS, Jump, call, game, gaussian, phi
+from jumping import MEAN, VAR, N, clean, exact, jumper, teachers
+from toys import NOTHING, SCHEDULES, game, gaussian, phi
 
-from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.denoiser import Cond, Guided
 from fewstep.losses import mse
 from fewstep.matched import Matched
 from fewstep.objectives import Batch
@@ -11,22 +12,6 @@ from fewstep.sampling import ddim, sample
 from fewstep.schedules import like
 from fewstep.stream import stream
 from fewstep.tangents import DERIVATIVES, jvp
-
-MEAN, VAR = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
-teachers = pytest.mark.parametrize("name, target", TEACHERS)
-N = 64
-
-
-def exact(name, target):
-    return gaussian(MEAN.tolist(), VAR.tolist(), SCHEDULES[name], target)
-
-
-def jumper(name, target, mean=MEAN, var=VAR, grid=()):
-    return Denoiser(Jump(mean, var, SCHEDULES[name], target), SCHEDULES[name], target, call, grid=grid)
-
-
-def clean(n=N):
-    return MEAN + VAR.sqrt() * torch.randn(n, 2, dtype=torch.float64)
 
 
 def asked(student, objective=None):
