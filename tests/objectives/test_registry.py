@@ -30,6 +30,7 @@ ROUNDS = {
     "f_distill": 330,
     "meanflow": 300,
     "phased_dmd": 300,
+    "rcgm": 250,
     "rcm": 150,
     "reflow": 200,
     "regression": 150,
