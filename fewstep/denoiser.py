@@ -209,7 +209,12 @@ class Guided:
             return self.denoiser(x_t, t, cond)
         if g is None and self.scale == 0:
             return self.denoiser(x_t, t, self.null.expand(len(x_t)))
-        c, u = self.both(x_t, t, cond)
+        return self.mixed(x_t, t, *self.both(x_t, t, cond), g=g)
+
+    def mixed(self, x_t: Tensor, t: Tensor, c: Prediction, u: Prediction, *, g: Tensor | None = None) -> Prediction:
+        """What `both` of x_t at t make under guidance, without another call of the network."""
+        if g is None and self.scale in (0, 1):
+            return c if self.scale else u
         scale = c.x0.new_full((), self.scale) if g is None else like(g, c.x0)
         mixed = Prediction(torch.lerp(u.x0, c.x0, scale), torch.lerp(u.eps, c.eps, scale), c.alpha, c.sigma)
         if self.renorm is None:

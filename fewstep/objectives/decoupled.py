@@ -92,6 +92,7 @@ def matching(nets: Nets, batch: Batch, x: Tensor, x_t: Tensor, t: Tensor, floor:
 
 
 def augmentation(teacher: Guided, batch: Batch, x: Tensor, x_t: Tensor, t: Tensor, floor: float) -> Tensor:
-    """-(w - 1) (teacher - teacher without prompt) / the mean distance of x to the former, at x_t. No critic is asked."""
+    """(teacher - guided teacher) / the mean distance of x to the former, at x_t: -(w - 1) (teacher - teacher without prompt) but
+    for families that renorm what guidance makes. No critic is asked."""
     c, u = teacher.both(x_t, t, batch.cond)
-    return (1 - teacher.scale) * normalised(c.x0 - u.x0, x, c.x0, floor)
+    return normalised(c.x0 - teacher.mixed(x_t, t, c, u).x0, x, c.x0, floor)

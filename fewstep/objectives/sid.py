@@ -73,12 +73,12 @@ class SiD(Objective):
 
     def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """Denoising loss on the student's samples, of the critic as guided by kappa1."""
-        assert nets.critic is not None
         with torch.no_grad():
             x = simulate(nets, batch, rng).x0
         if (self.kappa1, self.kappa2, self.kappa3) != (1, 1, 1):
             keep = rng.uniform(len(x)) >= self.dropout
-            batch = replace(batch, cond=batch.cond.where(keep, _null(nets).expand(len(x))))
+            batch = replace(batch, cond=batch.cond.where(keep, _as_teacher(nets, 0).null.expand(len(x))))
+        assert nets.critic is not None
         return denoise(nets.critic, batch, x, self.critic_low, rng, by=_guided(nets, self.kappa1))
 
     def _fakes(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
@@ -86,9 +86,9 @@ class SiD(Objective):
         if self.kappa2 == self.kappa3:
             x0 = _guided(nets, self.kappa2)(x_t, t, cond).x0
             return x0, x0
-        assert nets.critic is not None
-        c, u = Guided(nets.critic, 1.0, _null(nets)).both(x_t, t, cond)
-        return torch.lerp(u.x0, c.x0, self.kappa2), torch.lerp(u.x0, c.x0, self.kappa3)
+        short, long = (_as_teacher(nets, kappa) for kappa in (self.kappa2, self.kappa3))
+        c, u = short.both(x_t, t, cond)
+        return short.mixed(x_t, t, c, u).x0, long.mixed(x_t, t, c, u).x0
 
 
 def noised(nets: Nets, batch: Batch, rng: Stream, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,11 +104,12 @@ def statistics(x: Tensor, delta: Tensor) -> dict[str, Tensor]:
 
 
 def _guided(nets: Nets, kappa: float) -> Denoiser | Guided:
-    """The critic under guidance, with the teacher's null condition."""
+    """The critic, under guidance where kappa is some."""
     assert nets.critic is not None
-    return nets.critic if kappa == 1 else Guided(nets.critic, kappa, _null(nets))
+    return nets.critic if kappa == 1 else _as_teacher(nets, kappa)
 
 
-def _null(nets: Nets) -> Cond:
-    assert isinstance(nets.teacher, Guided), "only a teacher that can be guided knows the null condition"
-    return nets.teacher.null
+def _as_teacher(nets: Nets, kappa: float) -> Guided:
+    """The critic under guidance, with the null condition and the renorm of the teacher's."""
+    assert nets.critic is not None and isinstance(nets.teacher, Guided), "only a teacher that can be guided tells how"
+    return replace(nets.teacher, denoiser=nets.critic, scale=kappa)

@@ -73,7 +73,8 @@ class VSD(Objective):
         if self.kappa is not None:
             least, most = self.kappa
             scale = least + (most - least) * float(rng.shared.uniform(1))
-        return replace(nets.teacher, scale=scale), Guided(nets.critic, scale, nets.teacher.null)
+        teacher = replace(nets.teacher, scale=scale)
+        return teacher, replace(teacher, denoiser=nets.critic)
 
     def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """alpha^2 (eps - critic's)^2 on the student's samples, some without their prompt (SwiftBrush's code)."""
