@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.heads import KINDS, Heads
 from fewstep.losses import CONTESTS, flat_mean
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, denoise, register
-from fewstep.objectives.contest import View, contest, looked, noised, overheard
+from fewstep.objectives.contest import View, contest, drawn, looked, noised, overheard
 from fewstep.objectives.dmd import DMD
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -32,7 +32,7 @@ class Adversarial(Objective):
     and noise. shared: heads on the critic read the very pass in which it denoises, at its times, where DMD2 noises afresh.
     r1, r2: weights of the gradient penalties of real and fake; jitter: the approximate ones' step, 0 for the exact.
     The heads learn in the critic's turns, from the samples it has; where the inner objective has none, in a turn before the
-    student's, from samples of the student's turn. An inner objective that trains heads keeps them: only the term is added.
+    student's, from samples of the student's turn. An inner objective's own heads stay; if it trains them, only the term is added.
     Deviation: heads and critic move together as in DMD2, but by an optimizer each, so that their rates may differ.
     """
 
@@ -56,6 +56,11 @@ class Adversarial(Objective):
         Uniform(self.low, self.high, self.shift)
         if isinstance(self.inner, Adversarial):
             raise ValueError("inner: adversarial is a wrapper already; one of them is enough")
+        own, told = self.inner.needs, Heads(self.heads, self.taps, self.features)
+        trained = any("heads" in turn.movers for turn in self.inner.round(0))
+        if ("heads" in own.roles and told not in (Heads(), own.heads)) or (trained and (self.r1 or self.r2)):
+            ours = "heads, taps, features" + (", r1, r2" if trained else "")
+            raise ValueError(f"inner: it says itself which heads it needs; leave these settings of adversarial away: {ours}")
 
     @property
     def steps(self) -> int:  # type: ignore[override]
@@ -106,7 +111,7 @@ class Adversarial(Objective):
     def denoise(self, student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """What keeps a critic that the inner objective has not a denoiser: its native loss on samples of the student's turn."""
         assert nets.critic is not None
-        return denoise(nets.critic, batch, _sample(student, nets, batch, rng), self.low, rng)
+        return denoise(nets.critic, batch, drawn(student, nets, batch, rng), self.low, rng)
 
     def critic_loss(self, student: Turn, turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """The critic's own loss and judge_weight x the heads', on the same samples."""
@@ -119,7 +124,7 @@ class Adversarial(Objective):
     ) -> Losses:
         """judge_weight x (the contest's loss and the penalties), all from one pass of the network."""
         if sample is None:
-            sample = _sample(student, nets, batch, rng)
+            sample = drawn(student, nets, batch, rng)
         views = self._views(nets, batch, sample.detach(), fake, rng)
         losses = contest(nets, batch.cond, *views, CONTESTS[self.loss], rng, r1=self.r1, r2=self.r2, jitter=self.jitter)
         return replace(losses, terms={k: self.judge_weight * v for k, v in losses.terms.items()})
@@ -140,11 +145,3 @@ class Adversarial(Objective):
         a, b = (rng.child("both" if self.paired else name) for name in ("real", "fake"))
         ts = law.sample(len(sample), a), law.sample(len(sample), b)
         return noised(nets, batch.latents, ts[0], a), noised(nets, sample, ts[1], b)
-
-
-def _sample(student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
-    """What the student's turn would hand on, without a graph."""
-    with torch.no_grad():
-        sample = student.loss(nets, batch, rng.child("sample")).sample
-    assert sample is not None, "an objective hands on its student's sample"
-    return sample

@@ -58,6 +58,14 @@ def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses
     return losses, critic.views[0] if len(critic.views) == 1 else None
 
 
+def drawn(student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
+    """What the student's turn would hand on, without a graph."""
+    with torch.no_grad():
+        sample = student.loss(nets, batch, rng.child("sample")).sample
+    assert sample is not None, "an objective hands on its student's sample"
+    return sample
+
+
 def noised(nets: Nets, x: Tensor, t: Tensor, rng: Stream) -> View:
     """x (B, C, *S) noised afresh to t (B,)."""
     return View(nets.student.schedule.add_noise(x, rng.normal_like(x), t), t)

@@ -14,6 +14,8 @@ from fewstep.objectives.adversarial import Adversarial
 from fewstep.objectives.consistency import Consistency
 from fewstep.objectives.contest import View, contest
 from fewstep.objectives.dmd import DMD
+from fewstep.objectives.f_distill import FDistill
+from fewstep.objectives.uni_instruct import UniInstruct
 from fewstep.sampling import ddim
 
 RULES = CONTESTS["non_saturating"]
@@ -259,3 +261,23 @@ def test_pixels_are_judged_without_noise():
     Adversarial(heads="pixel").heads_loss(None, x, nets(judge), batch, stream(0, 0, 0, 0))
     ((shown, t),) = judge.shown
     assert torch.equal(shown, torch.cat([batch.latents, x])) and not t.any()
+
+
+@pytest.mark.parametrize(
+    ("inner", "options"),
+    [
+        (UniInstruct(divergence="kl"), {"heads": "ladd"}),
+        (UniInstruct(divergence="kl"), {"taps": ("down_blocks.0",)}),
+        (FDistill(), {"heads": "pixel"}),
+        (FDistill(), {"r1": 0.1}),
+    ],
+)
+def test_what_the_inner_objective_decides_is_refused_and_not_ignored(inner, options):
+    Adversarial(inner=inner)
+    with pytest.raises(ValueError, match="inner: it says itself which heads it needs; leave these settings of adversarial away"):
+        Adversarial(inner=inner, **options)
+
+
+def test_heads_that_the_inner_objective_does_not_train_may_be_held_flat():
+    assert Adversarial(inner=UniInstruct(divergence="kl"), r1=0.1).r1 == 0.1
+    assert Adversarial(inner=FDistill(heads="ladd"), heads="ladd").needs.heads.kind == "ladd"

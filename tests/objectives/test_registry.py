@@ -48,8 +48,10 @@ SAME_STEPS = {"guidance"}
 # What these need to come down to one step at once, not in stages.
 ONE_STEP = {"progressive": {"factor": 16}}
 
-# What the registry holds, and each of it judged by heads on either backbone.
-EVERY = [*objectives(), *(f"{heads}+{name}" for name in objectives() if name != "adversarial" for heads in ("dmd2", "ladd"))]
+# What the registry holds, and each of it judged by heads on either backbone, or by its own where it has some.
+INNER = [name for name in objectives() if name != "adversarial"]
+HEADED = [name for name in INNER if "heads" in objectives()[name]().needs.roles]
+EVERY = [*objectives(), *(f"dmd2+{name}" for name in INNER), *(f"ladd+{name}" for name in INNER if name not in HEADED)]
 
 
 every = pytest.mark.parametrize("name", objectives())
