@@ -46,6 +46,11 @@ def divergence(name: str) -> Divergence:
     return DIVERGENCES[name]
 
 
+def ranges(t: Tensor, low: float, high: float, n: int) -> Tensor:
+    """Which of n equal ranges of [low, high] each time (B,) lies in, a whole number; the ends belong to the outer ones."""
+    return ((t - low) / (high - low) * n).long().clamp(0, n - 1)
+
+
 def relative(logit: Tensor, group: Tensor, least: float = 0.1, most: float = 20.0) -> Tensor:
     """The log-ratio (B,) whose ratio averages 1 in each group, since E_student[r] = 1 at every noise level; without a graph.
 

@@ -9,7 +9,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from fewstep.divergences import divergence, relative
+from fewstep.divergences import divergence, ranges, relative
 from fewstep.heads import Heads
 from fewstep.losses import CONTESTS, flat_mean, non_saturating, normalised, push
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register, simulate
@@ -80,7 +80,7 @@ class FDistill(Objective):
 
     def weights(self, logits: Tensor, t: Tensor) -> Tensor:
         """h(r) (B,), averaging 1 over the batch, of r = exp(mean logit) that averages 1 in each bin of t (algorithm 1)."""
-        place = ((t - self.low) / (self.high - self.low) * self.bins).long().clamp(0, self.bins - 1)
+        place = ranges(t, self.low, self.high, self.bins)
         h = divergence(self.divergence).weight(relative(flat_mean(logits), place))
         return h / h.mean()
 

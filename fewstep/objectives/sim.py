@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-import torch
-
 from fewstep.losses import flat_mean
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, denoise, register, simulate
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.dmd import learn
 from fewstep.objectives.sid import noised, statistics
 from fewstep.stream import Stream
 
@@ -58,7 +57,4 @@ class SIM(Objective):
 
     def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """Denoising loss of the critic on the student's samples, in the network's native target."""
-        assert nets.critic is not None
-        with torch.no_grad():
-            x = simulate(nets, batch, rng).x0
-        return denoise(nets.critic, batch, x, self.critic_low, rng)
+        return learn(nets, batch, rng, self.critic_low)

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
-from fewstep.divergences import divergence, relative
+from fewstep.divergences import divergence, ranges, relative
 from fewstep.losses import distance, flat_mean
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, denoise, register, simulate
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.dmd import learn
 from fewstep.objectives.sid import noised, statistics
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -74,10 +74,7 @@ class UniInstruct(Objective):
 
     def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """Denoising loss of the critic on the student's samples, in the network's native target."""
-        assert nets.critic is not None
-        with torch.no_grad():
-            x = simulate(nets, batch, rng).x0
-        return denoise(nets.critic, batch, x, self.critic_low, rng)
+        return learn(nets, batch, rng, self.critic_low)
 
     def _judged(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The critic's x0, and log r (B,), r = teacher / student, with its graph; only its average to 1 has none."""
@@ -87,5 +84,5 @@ class UniInstruct(Objective):
         assert nets.judge is not None
         prediction, logits = nets.judge.both(x_t, t, batch.cond)
         logit = flat_mean(logits).clamp(math.log(self.least), math.log(self.most))
-        place = ((t - self.low) / (self.high - self.low) * self.bins).long().clamp(0, self.bins - 1)
+        place = ranges(t, self.low, self.high, self.bins)
         return prediction.x0, logit + (relative(logit, place, self.least, self.most) - logit).detach()
