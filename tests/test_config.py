@@ -117,6 +117,14 @@ def test_a_follower_has_the_weights_of_its_leader():
     assert "the critic follows the student, so both need the same weights" in said
 
 
+@pytest.mark.parametrize("more", [{"guidance": [2.0, 6.0]}, {"average": 0.95}])
+def test_what_only_one_network_can_have_is_refused_to_experts(more):
+    images = {"data": {"images": "zoo:sprites"}, "objective": {"name": "consistency", **more}}
+    parse(tree(**images, student={"weights": "full"}))
+    said = refusal(tree(**images, student={"weights": "full", "phases": 2}))
+    assert "objective consistency, set like this, wants a student of one network, not of 2 experts" in said
+
+
 def test_pairs_are_for_prompts():
     assert "data.pairs are drawn by the teacher for data.prompts" in refusal(tree(data={"images": "zoo:sprites", "pairs": 8}))
 
