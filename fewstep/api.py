@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fewstep.config import ATTENTION, Config, differences, parse, stepped
 from fewstep.config import load as load_config
 from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Denoiser, Guided
-from fewstep.experts import PhasedExperts, hand_over, switches
+from fewstep.experts import PhasedExperts, along
 from fewstep.heads import Discriminator
 from fewstep.networks import Role, build, gather, heads_role, set_weights
 from fewstep.objectives import Nets
@@ -71,8 +71,7 @@ class Study:
         role = self.roles["student"]
         if not isinstance(role, PhasedExperts):
             return self.player(net, grid)
-        one = self.player(role.experts[0], grid)
-        return replace(one, net=net, call=hand_over, switches=switches(self.grid, self.config.phases))
+        return along(self.player(role.experts[0], grid), net, self.grid, self.config.phases)
 
     def nets(self, modules: Mapping[str, nn.Module]) -> Nets:
         """The players as the objective sees them."""
@@ -246,8 +245,6 @@ class Run:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
         from fewstep.export import export
 
-        if self.config.phases > 1:
-            raise ValueError("a student of several experts cannot be exported yet; sample and judge its run folder")
         record: dict[str, Any] = {
             "config": self.config.model_dump(mode="json"),
             "round": int(self.place.name.split("-")[1]),
@@ -264,6 +261,7 @@ class Run:
             guidance=self.study.guidance,
             sampler=self.study.sampler,
             steps=self.config.objective.steps,
+            phases=self.config.phases,
             to=Path(to),
             form=form,
             layout=layout,

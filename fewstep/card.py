@@ -74,11 +74,15 @@ def snippet(facts: dict[str, Any], name: str) -> str:
     else:
         run += 'drawn.images[0].save("image.png")\n'
     place = f"folder = {name!r}  # where this folder lies, or its hub id\n"
+    base = teacher_folder(facts["teacher"]["path"]) or facts["teacher"]["path"]
+    if "experts" in facts:
+        path = f", {str(base)!r}" if facts["form"] == "lora" else ""
+        head = "import sys\n\nimport torch\n\n" + place.replace(", or its hub id", "")
+        return f"{head}sys.path.insert(0, folder)\nimport phased\n\npipe = phased.load(folder{path})\n{run}"
     if facts["form"] == "full":
         head = "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         return f"{head}{place}pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)\n{run}"
     scheduler = facts["scheduler"]
-    base = teacher_folder(facts["teacher"]["path"]) or facts["teacher"]["path"]
     return (
         f"import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n{place}"
         f"pipe = DiffusionPipeline.from_pretrained({str(base)!r}, torch_dtype=torch.float32)\n"
@@ -94,6 +98,10 @@ def _hints(facts: dict[str, Any]) -> str:
         lines.append(f"`{scale}` is an input of the network: the student was trained with this very value.")
     elif scale:
         lines.append(f"`{scale}` is no guidance: the student was trained to need none.")
+    if "experts" in facts:
+        begins = ", ".join(f"{time:.6g}" for time in facts["experts"]["switches"])
+        number = len(facts["experts"]["files"])
+        lines.append(f"`phased.py`, in this folder, hands over between {number} experts; the next ones begin at {begins}.")
     if facts["form"] == "lora":
         lines.append("The LoRA's alpha equals its rank: strength 1.0 is right in every reader.")
     lines.append("`fewstep verify` on this folder proves all of it in a fresh process.")

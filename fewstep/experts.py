@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoiser import Bound, Cond
+from fewstep.denoiser import Bound, Cond, Denoiser
 
 
 @final
@@ -63,6 +64,18 @@ class PhasedExperts(nn.Module):
 def hand_over(net: Callable[..., Any], x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     """The `call` of a Denoiser around experts (possibly wrapped): they are one module with one forward, and call the family's."""
     return net(x, time, cond)
+
+
+def along(one: Denoiser, experts: nn.Module, grid: Sequence[float], phases: int) -> Denoiser:
+    """The Denoiser around experts (possibly wrapped) that share a trained grid; one: that around an expert alone."""
+    return replace(one, net=experts, call=hand_over, switches=switches(grid, phases))
+
+
+def apart(weights: Mapping[str, Tensor], phases: int) -> list[dict[str, Tensor]]:
+    """The weights of each expert, named as its own, from those of a student of `phases` experts, of one as well."""
+    if phases == 1:
+        return [dict(weights)]
+    return [{k.partition(".")[2]: v for k, v in weights.items() if k.startswith(f"{i}.")} for i in range(phases)]
 
 
 def switches(grid: Sequence[float], phases: int) -> tuple[float, ...]:

@@ -20,13 +20,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep import __version__, card, embedders, loraformat, proof
+from fewstep import __version__, card, embedders, loraformat, mixture, proof
 from fewstep.adapters import Teacher, load_teacher, teacher_folder
+from fewstep.denoiser import Denoiser
+from fewstep.experts import PhasedExperts, along, apart
 from fewstep.networks import Full, Lora, Role, build, set_weights
 from fewstep.sampling import STEPS, sample
 
 FACTS, REFERENCE = "fewstep.json", "reference.safetensors"
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = mixture.LORA_FILE
 COUNTS = (1, 2, 4)  # what every export documents and proves, besides the count it was trained for
 PROMPTS = ("a small red circle left of a large blue square on a grey background", "a large green triangle on a white background")
 SEED = 0
@@ -44,6 +46,7 @@ def export(
     layout: str = "diffusers",
     record: dict[str, Any],
     guidance: float = 1.0,
+    phases: int = 1,
 ) -> Path:
     """Writes the student `weights` (named as Role.weights() does) to the folder `to`, whole or not at all, and returns it.
 
@@ -65,26 +68,39 @@ def export(
     refuse_foreign(to)
     teacher = _pristine(teacher)
     times = {n: teacher.grid(n, sampler) for n in sorted({*COUNTS, steps})}
-    student, scheduler = _student(teacher, kind, weights), teacher.scheduler(sampler)
-    takes = embedders.inputs(student.net)
-    scale = guidance if embedders.GUIDANCE in takes and embedders.stock_guidance(student.net) else None
+    students, scheduler = [_student(teacher, kind, own) for own in apart(weights, phases)], teacher.scheduler(sampler)
+    takes = embedders.inputs(students[0].net)
+    scale = guidance if embedders.GUIDANCE in takes and embedders.stock_guidance(students[0].net) else None
     part = to.with_name(f".{to.name}.partial")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        folded = loraformat.fold(weights, kind.scale) if isinstance(kind, Lora) else {}
+        folded = [loraformat.fold(own, kind.scale) for own in apart(weights, phases)] if isinstance(kind, Lora) else []
         if names is not None:
-            _write_lora(teacher, folded, names, layout, part)
+            files = mixture.lora_files(phases)
+            for own, file in zip(folded, files.values(), strict=True):
+                _write_lora(teacher, own, names, layout, part, file)
             scheduler.save_pretrained(part / "scheduler")
             deployed = teacher.pipe
         else:
-            deployed = _deployed(teacher, student, folded, scheduler, guidance)
+            files = mixture.folders(phases)
+            nets = [_network(teacher, role, folded[k] if folded else {}, guidance) for k, role in enumerate(students)]
+            deployed = _deployed(teacher, nets[0], scheduler)
             deployed.save_pretrained(part, safe_serialization=True)
+            for net, folder in zip(nets[1:], list(files.values())[1:], strict=True):
+                net.save_pretrained(part / folder, safe_serialization=True)
         facts = _facts(teacher, deployed, scheduler, scale, form=form, sampler=sampler, steps=steps, times=times, record=record)
         if names is not None:
-            facts["lora"] = {"file": LORA_FILE, "layout": layout, "rank": loraformat.rank(folded), "naming": asdict(names)}
+            first = next(iter(files.values()))
+            facts["lora"] = {"file": first, "layout": layout, "rank": loraformat.rank(folded[0]), "naming": asdict(names)}
+        if phases > 1:
+            facts["experts"] = mixture.facts(facts["times"][str(steps)], files)
+            shutil.copyfile(mixture.PIPELINE, part / mixture.PIPELINE.name)
         (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        _write_reference(teacher, student, sampler, times, guidance, part / REFERENCE)
+        denoiser = teacher.denoiser(students[0], guidance, (1.0,))  # one that takes the end of its jump goes to the clean end
+        if phases > 1:
+            denoiser = along(denoiser, PhasedExperts("student", students, teacher.family.call), times[steps], phases)
+        _write_reference(teacher, denoiser, sampler, times, part / REFERENCE)
         (part / "README.md").write_text(card.write(teacher, facts, to.name), "utf-8")
         _swap(part, to)
     finally:
@@ -139,20 +155,20 @@ def _student(teacher: Teacher, kind: Full | Lora, weights: Mapping[str, Tensor])
     return role
 
 
-def _write_lora(teacher: Teacher, folded: dict[str, Tensor], names: loraformat.Naming, layout: str, to: Path) -> None:
+def _write_lora(teacher: Teacher, folded: dict[str, Tensor], names: loraformat.Naming, layout: str, to: Path, file: str) -> None:
     """One file of alpha == rank. The Diffusers layout goes through the pipeline's own writer, with adapter metadata."""
     if layout != "diffusers":  # stock readers refuse these names together with adapter metadata: the alphas say it
-        save_file(loraformat.spell(folded, names), to / LORA_FILE, metadata={"format": "pt"})
+        save_file(loraformat.spell(folded, names), to / file, metadata={"format": "pt"})
         return
     component, r = teacher.family.component, loraformat.rank(folded)
     metadata = LoraConfig(r=r, lora_alpha=r, target_modules=loraformat.modules(folded)).to_dict()
     metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
     layers = {f"{component}_lora_layers": folded, f"{component}_lora_adapter_metadata": metadata}
-    type(teacher.pipe).save_lora_weights(to, **layers)
+    type(teacher.pipe).save_lora_weights(to, weight_name=file, **layers)
 
 
-def _deployed(teacher: Teacher, student: Role, folded: dict[str, Tensor], scheduler: Any, guidance: float) -> Any:
-    """The teacher's pipeline around the student's network and the student's scheduler."""
+def _network(teacher: Teacher, student: Role, folded: dict[str, Tensor], guidance: float) -> Any:
+    """The student's network as stock Diffusers loads it: its adapter merged, its guidance folded where it cannot be fed."""
     net = student.net
     if folded:
         net = copy.deepcopy(teacher.net)
@@ -161,6 +177,11 @@ def _deployed(teacher: Teacher, student: Role, folded: dict[str, Tensor], schedu
     if embedders.END in takes or (embedders.GUIDANCE in takes and not embedders.stock_guidance(net)):
         net = copy.deepcopy(net)
         embedders.fold(net, guidance)
+    return net
+
+
+def _deployed(teacher: Teacher, net: Any, scheduler: Any) -> Any:
+    """The teacher's pipeline around the student's network and the student's scheduler."""
     parts = {teacher.family.component: net, "scheduler": scheduler}
     if teacher.family.deployed:
         return getattr(diffusers, teacher.family.deployed)(**parts)
@@ -232,14 +253,11 @@ class _Draws:
 
 
 @torch.no_grad()
-def _write_reference(
-    teacher: Teacher, student: Role, sampler: str, times: dict[int, tuple[float, ...]], guidance: float, to: Path
-) -> None:
+def _write_reference(teacher: Teacher, denoiser: Denoiser, sampler: str, times: dict[int, tuple[float, ...]], to: Path) -> None:
     """fewstep's own pictures, float32: what the stock pipeline must draw from the same latents, prompts and seed.
 
     Of large pictures every `stride`-th row and column is kept. Pipelines without text draw their latents themselves, as here."""
     text = _takes_text(teacher)
-    denoiser = teacher.denoiser(student, guidance, (1.0,))  # one that takes the end of its jump goes to the clean end
     prompts = list(PROMPTS) if text else ["", ""]
     cond = teacher.encode(prompts)
     shape = (len(prompts), *teacher.latent_shape)

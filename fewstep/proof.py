@@ -7,6 +7,7 @@ one line of JSON, [{"name", "ok", "detail"}, ...], and knows nothing but torch, 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PIPELINE = Path(__file__).with_name("phased.py")  # what runs a student of several experts
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FORMAT = 1  # of fewstep.json
 PIXELS = 1e-4  # largest difference from the reference, of pixels in [0, 1]
@@ -58,6 +60,8 @@ def prove(folder: Path, teacher: str, scratch: Path) -> list[Check]:
     if facts is None:
         return checks
     lora = facts.get("lora")
+    if "experts" in facts and check("pipeline", _own_pipeline, folder) is None:
+        return checks
     if lora and check("teacher", _teacher, facts, teacher) is None:
         return checks
     pipe = check("loads", load, folder, facts, teacher)
@@ -74,7 +78,7 @@ def prove(folder: Path, teacher: str, scratch: Path) -> list[Check]:
             check(f"pixels at {n}", _pixels, drawn[1], reference, n)
     if drawn is not None:  # in the most steps, where the most noise is drawn
         again = check("same seed, same picture", _again, drawn[1], pipe, facts, reference, n)
-        if lora and again is not None:
+        if lora and again is not None and "experts" not in facts:
             check("same picture without the LoRA's metadata", _blind, drawn[1], folder, scratch, pipe, facts, reference, n)
     return checks
 
@@ -99,7 +103,10 @@ def _files(folder: Path) -> dict[str, Any]:
             f"fewstep.json has format {facts.get('format')}, known here is {FORMAT}; verify it with the fewstep that made it"
         )
     wanted = ["reference.safetensors", "README.md", "scheduler/scheduler_config.json"]
-    wanted.append(facts["lora"]["file"] if facts["form"] == "lora" else "model_index.json")
+    experts = [file for file in facts.get("experts", {}).get("files", {}).values() if file]
+    wanted += experts or ([facts["lora"]["file"]] if facts["form"] == "lora" else [])
+    wanted += [] if facts["form"] == "lora" else ["model_index.json"]
+    wanted += [PIPELINE.name] if experts else []
     if missing := [f for f in wanted if not (folder / f).exists()]:
         raise Broken(f"{missing[0]} is missing; export again")
     for file in sorted(folder.rglob("*.safetensors")):
@@ -119,14 +126,30 @@ def _teacher(facts: dict[str, Any], teacher: str) -> str:
     return teacher
 
 
+def _own_pipeline(folder: Path) -> str:
+    """The pipeline of an export is code: only the one that lies beside this file is ever run."""
+    if (folder / PIPELINE.name).read_bytes() != PIPELINE.read_bytes():
+        raise Broken(
+            f"{PIPELINE.name} is not the one this fewstep exports, and is not run; export again, or verify with that one"
+        )
+    return ""
+
+
 def load(folder: Path, facts: dict[str, Any], teacher: str) -> Any:
     """The pipeline as the card says, in float32 on the CPU."""
     import diffusers
     import torch
 
     lora = facts.get("lora")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(teacher if lora else folder, torch_dtype=torch.float32)
-    if lora:
+    if "experts" in facts:
+        spec = importlib.util.spec_from_file_location(PIPELINE.stem, PIPELINE)
+        assert spec is not None and spec.loader is not None
+        phased = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(phased)
+        pipe = phased.load(folder, teacher if lora else None)
+    else:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(teacher if lora else folder, torch_dtype=torch.float32)
+    if lora and "experts" not in facts:
         pipe.load_lora_weights(folder, weight_name=lora["file"])
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         pipe.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(folder, subfolder="scheduler")
@@ -142,20 +165,27 @@ def _layers(folder: Path, facts: dict[str, Any], pipe: Any) -> str:
     from safetensors.torch import load_file
 
     names = facts["lora"]["naming"]
-    left = {k: v for k, v in load_file(folder / facts["lora"]["file"]).items() if not k.endswith(".alpha")}
+    layers = [(n, m) for n, m in getattr(pipe, facts["component"]).named_modules() if getattr(m, "lora_A", None)]
+    made = sorted({adapter for _, module in layers for adapter in module.lora_A})
+    files = facts.get("experts", {}).get("files") or dict.fromkeys(made[:1], facts["lora"]["file"])
+    if made != sorted(files):
+        raise Broken(f"the reader made the adapters {', '.join(made) or 'none'}, not one for each file")
     count, worst = 0, 0.0
-    with torch.no_grad():
-        for name, module in getattr(pipe, facts["component"]).named_modules():
-            for adapter in getattr(module, "lora_A", {}):
-                stem = names["prefix"] + name.replace(".", names["separator"])
-                if stem + names["a"] not in left:
-                    raise Broken(f"the reader made a LoRA on {name}, of which the file says nothing")
-                a, b = left.pop(stem + names["a"]), left.pop(stem + names["b"])
+    for adapter, file in files.items():
+        left = {k: v for k, v in load_file(folder / file).items() if not k.endswith(".alpha")}
+        for name, module in layers:
+            if adapter not in module.lora_A:
+                continue
+            stem = names["prefix"] + name.replace(".", names["separator"])
+            if stem + names["a"] not in left:
+                raise Broken(f"the reader made a LoRA on {name}, of which {file} says nothing")
+            a, b = left.pop(stem + names["a"]), left.pop(stem + names["b"])
+            with torch.no_grad():
                 added = module.get_delta_weight(adapter)
-                wanted = (b.flatten(1) @ a.flatten(1)).reshape(added.shape)
-                count, worst = count + 1, max(worst, _gap(added, wanted) / max(1.0, float(wanted.abs().max())))
-    if left:
-        raise Broken(f"the reader ignored {len(left)} weights of the file (first: {min(left)})")
+            wanted = (b.flatten(1) @ a.flatten(1)).reshape(added.shape)
+            count, worst = count + 1, max(worst, _gap(added, wanted) / max(1.0, float(wanted.abs().max())))
+        if left:
+            raise Broken(f"the reader ignored {len(left)} weights of {file} (first: {min(left)})")
     if not worst <= SAME:
         raise Broken(f"the reader applies the LoRA at another strength (weights differ by {worst:.3g}); alpha must equal rank")
     return f"{count} layers"

@@ -17,6 +17,10 @@ import torch
 def load(export: Path, base: str | None) -> diffusers.DiffusionPipeline:
     """The pipeline of an export, its own scheduler in place. Raises SystemExit with a sentence where the base is missing."""
     facts = json.loads((export / "fewstep.json").read_text())
+    if "experts" in facts:
+        raise SystemExit(
+            f"{export} has several experts; run the pipeline that lies in it: python {export / 'phased.py'} {export}"
+        )
     if facts["form"] == "full":
         return diffusers.DiffusionPipeline.from_pretrained(export, use_safetensors=True)
     if base is None:

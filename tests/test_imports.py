@@ -14,7 +14,7 @@ MATH = {"schedules", "losses", "divergences", "stream"}
 DENOISER = MATH | {"denoiser"}
 PARTS = {"sampling", "times", "heads", "experts", "matched", "tangents"}
 TEACHER = {"families", "folders", "deploy", "adapters"}
-SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "proof", "export"}
+SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "mixture", "phased", "proof", "export"}
 LOOP = {"trainer", "ema", "checkpoint", "advice", "costs", "monitor", "progress"}
 COMMANDS = {"plan", "drawing", "judging", "listing", "doctor", "demo"}
 MAY_IMPORT = {
@@ -52,6 +52,8 @@ MAY_IMPORT = {
     "networks": DENOISER | PARTS | TEACHER | {"embedders"},
     "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},
     "loraformat": set(),
+    "mixture": set(),
+    "phased": set(),  # what an export takes along: it knows Diffusers alone
     "proof": set(),  # runs where fewstep cannot be imported
     "card": DENOISER | PARTS | TEACHER | {"loraformat"},
     "export": DENOISER | PARTS | SIDE_DOORS | {"embedders"},

@@ -1,0 +1,31 @@
+"""Names on disk of an exported student of several experts: a LoRA or a network each, and the pipeline that hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PIPELINE = Path(__file__).with_name("phased.py")  # copied into the export as it is
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def lora_files(phases: int) -> dict[str, str]:
+    """The LoRA file of each adapter; the usual one where there is one expert."""
+    if phases == 1:
+        return {"default": LORA_FILE}
+    return {f"expert_{k}": f"expert_{k}.safetensors" for k in range(phases)}
+
+
+def folders(phases: int) -> dict[str, str]:
+    """The folder of each expert's network: the first is the pipeline's own."""
+    return {f"expert_{k}": f"experts/{k}" if k else "" for k in range(phases)}
+
+
+def facts(times: Sequence[float], files: Mapping[str, str]) -> dict[str, Any]:
+    """What `phased.py` reads: files by adapter, the trained times (as the network is fed them) at which experts 1, 2, ... begin,
+    and the largest, negative where these times rise towards clean data."""
+    each = len(times) // len(files)
+    begins = [times[k * each] for k in range(1, len(files))]
+    clock = max(map(abs, times)) * (1 if times[0] > times[-1] else -1)
+    return {"files": dict(files), "switches": begins, "clock": clock}

@@ -1,0 +1,111 @@
+"""Draws pictures with a student of several experts: `python phased.py EXPORT --prompt TEXT [--base TEACHER]`.
+
+Imports Diffusers and nothing of fewstep: this is what a deployer copies, and every export of such a student has it inside.
+`load` makes a stock pipeline whose network hands over to the next expert at the times it was trained to; a LoRA export needs its
+teacher's pipeline as base (a folder or a hub id), a full export does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+Network = Callable[..., Any]
+
+
+def load(export: Path | str, base: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline of an export, its own scheduler and its experts in place. Raises ValueError where the base is missing."""
+    export = Path(export)
+    facts = json.loads((export / "fewstep.json").read_text("utf-8"))
+    files = facts["experts"]["files"]
+    lora = facts["form"] == "lora"
+    if lora and base is None:
+        raise ValueError(
+            f"{export} is made of LoRAs of {facts['teacher']['path']}; name that pipeline's folder or hub id as base"
+        )
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base if lora else export, torch_dtype=dtype, use_safetensors=True)
+    net = getattr(pipe, facts["component"])
+    alone = net.forward
+    if lora:
+        rules = json.loads((export / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+        pipe.scheduler = getattr(diffusers, rules["_class_name"]).from_config(rules)
+        for name, file in files.items():
+            pipe.load_lora_weights(export, weight_name=file, adapter_name=name)
+        experts = [_adapter(pipe, name, alone) for name in files]
+    else:
+        others = [type(net).from_pretrained(export / folder, torch_dtype=dtype) for folder in list(files.values())[1:]]
+        experts = [alone, *(_follower(net, other) for other in others)]
+    net.forward = in_turn(alone, experts, facts["experts"]["switches"], facts["experts"]["clock"])
+    return pipe
+
+
+def in_turn(forward: Network, experts: Sequence[Network], switches: Sequence[float], clock: float) -> Network:
+    """A network's forward that asks the expert of the time it is fed: the one before switches[0], then the next at and after it.
+
+    switches: times on the network's own clock, in the order in which a pipeline passes them. clock: the largest time it is fed,
+    negative where the clock rises towards clean data. A time that was rounded to the sample's dtype is still the one it was."""
+    signature, way = inspect.signature(forward), 1.0 if clock > 0 else -1.0
+
+    @functools.wraps(forward)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        values = signature.bind(*args, **kwargs).arguments
+        time = torch.as_tensor(values["timestep"] if "timestep" in values else values["t"]).flatten()[0]
+        x = next(v for v in values.values() if isinstance(v, torch.Tensor | list))
+        dtype = (x[0] if isinstance(x, list) else x).dtype
+        slack = max(torch.finfo(dtype).eps, 1e-6) * abs(clock)
+        k = sum(way * (float(time) - switch) <= slack for switch in switches)
+        return experts[k](*args, **kwargs)
+
+    return answer
+
+
+def _adapter(pipe: Any, name: str, forward: Network) -> Network:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        if pipe.get_active_adapters() != [name]:
+            pipe.set_adapters(name)
+        return forward(*args, **kwargs)
+
+    return answer
+
+
+def _follower(net: Any, expert: Any) -> Network:
+    """An expert with weights of its own, which goes where the pipeline's network goes."""
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return expert.to(net.device, net.dtype)(*args, **kwargs)
+
+    return answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--prompt", action="append", required=True)
+    parser.add_argument("--base")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("pictures"))
+    args = parser.parse_args()
+    facts = json.loads((args.export / "fewstep.json").read_text("utf-8"))
+    try:
+        pipe = load(args.export, args.base)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    call = facts["call"] | ({"num_inference_steps": args.steps} if args.steps else {})
+    pictures = pipe(args.prompt, generator=torch.Generator().manual_seed(args.seed), **call).images
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        picture.save(args.out / f"{i:03d}.png")
+    print(f"{len(pictures)} pictures in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+../fewstep/phased.py
