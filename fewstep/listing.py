@@ -50,9 +50,9 @@ def _teachers() -> list[dict[str, Any]]:
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
-    """YAML files in ./configs with the first line of their header."""
+    """YAML files in and below ./configs with the first line of their header."""
     found = []
-    for file in sorted(folder.glob("*.yaml")):
+    for file in sorted(folder.rglob("*.yaml")):
         first = file.read_text().splitlines()[0]
         found.append({"name": str(file), "about": first.lstrip("# ").strip()})
     return found

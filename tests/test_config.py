@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
+from tiny import MAKERS, save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
 
 from fewstep.config import Config, differences, load, override, parse
+from fewstep.folders import teacher_folder
 from fewstep.networks import Full, Lora
 from fewstep.objectives import objectives
 from fewstep.objectives.dmd import DMD
 from fewstep.plan import plan
 from fewstep.trainer import Settings
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+RECIPES = [file for file in CONFIGS if file.parent.name == "recipes"]
+TWINS = {"sd15": "sd", "sdxl": "sdxl", "sd35": "sd3", "flux1": "flux", "sana": "sana", "qwen": "qwen", "wan21": "wan"}
 
 
 def tree(**parts):
@@ -259,8 +262,40 @@ def test_a_plan_refuses_what_could_not_be_trained(folders, tmp_path):
         plan(parse(tree(teacher={"path": str(folders["sd"])}, objective={"name": "dmd", "sampler": "tcd"})))
 
 
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """Tiny pipelines of the classes that the recipes are for, by the first word of a recipe's name."""
+    root = tmp_path_factory.mktemp("twins")
+    return {word: (str(save(MAKERS[name][0](), root / word)), MAKERS[name][1]) for word, name in TWINS.items()}
+
+
 @pytest.mark.skipif(not CONFIGS, reason="this checkout has no configs/")
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
-def test_every_config_that_ships_parses_and_plans(file):
+def test_every_config_that_ships_parses_and_plans(file, request):
     config = load(file)
-    assert plan(config)["settings"]["train"]["rounds"] == config.train.rounds
+    if file in RECIPES:  # the same settings on a tiny pipeline of the same class, at its size
+        path, size = request.getfixturevalue("twins")[file.stem.split("-")[0]]
+        assert size is None or config.teacher.size is None or len(size) == len(config.teacher.size)
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": path, "size": size})})
+    found = plan(config)
+    assert found["settings"]["train"]["rounds"] == config.train.rounds
+    assert set(found["trained parameters"]) >= {"student"} and str(config.objective.steps) in found["grid (network times)"]
+
+
+@pytest.mark.skipif(not RECIPES, reason="this checkout has no configs/")
+def test_a_recipe_says_whose_settings_on_what_hardware_and_that_it_was_not_run():
+    assert {file.stem.split("-")[0] for file in RECIPES} == set(TWINS)
+    for file in RECIPES:
+        head = file.read_text().split("teacher:")[0]
+        for word in (
+            "Paper:",
+            "Run:",
+            "Authors:",
+            "Ours:",
+            "Hardware:",
+            "hour",
+            "*Not run here.*",
+            f"configs/recipes/{file.name}",
+        ):
+            assert word in head, (file.name, word)
+        assert teacher_folder(load(file).teacher.path) is None, file  # a hub id

@@ -70,5 +70,5 @@ def test_the_readme_config_is_one_that_parses():
 
 
 def test_config_headers_name_their_own_file():
-    for file in (ROOT / "configs").glob("*.yaml"):
-        assert f"configs/{file.name}" in file.read_text().split("teacher:")[0], file
+    for file in (ROOT / "configs").rglob("*.yaml"):
+        assert str(file.relative_to(ROOT)) in file.read_text().split("teacher:")[0], file
