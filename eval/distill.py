@@ -1,7 +1,8 @@
 """Trains and judges configs over several seeds: `python eval/distill.py CONFIG ... [--seeds 0 1 2] [--protocol sprites]`.
 
-Writes eval/results/NAME.json: the rows of every seed (teacher rows once), training seconds, and for each step count the mean, the
-standard deviation and the worst of the student's Frechet distance. Runs lie in runs/NAME-seedN and are resumed, not repeated.
+Writes eval/results/NAME.json: the rows of every seed (teacher rows once), and NAME.summary.json: teacher, training seconds,
+peak memory, passes a round, and for each step count the mean, the standard deviation and the worst of the student's Frechet
+distance. Runs lie in runs/NAME-seedN and are resumed, not repeated. Then `python eval/leaderboard.py` renders what is there.
 """
 
 from __future__ import annotations
@@ -20,15 +21,33 @@ from fewstep.evaluation import results
 from fewstep.judging import evaluate, table
 
 
-def distil(config: Path, seed: int, protocol: str, rounds: int | None) -> tuple[dict[str, Any], float]:
-    """One seed of a config: (results, training seconds)."""
+def distil(config: Path, seed: int, protocol: str, rounds: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One seed of a config: (results, what the run logged)."""
     folder = Path("runs") / f"{config.stem}-seed{seed}"
     extra = [f"train.rounds={rounds}"] if rounds else []
     settings = load(config, [f"train.seed={seed}", *extra])
     run = api.train(settings, folder, resume=(folder / "config.yaml").exists())
-    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found, _ = evaluate(run.folder, protocol, out=folder / "results.json", steps=[], fresh=False, teacher=True)
-    return found, json.loads(last)["seconds"]
+    return found, log
+
+
+def costs(logs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Of each seed's log: training seconds and peak memory (1e9 bytes); over all: passes of a batch a round by network, those
+    with a graph as NAME_backward. null for what a log does not say."""
+
+    def most(log: list[dict[str, Any]], key: str) -> float | None:
+        return max((r[key] for r in log if r.get(key) is not None), default=None)
+
+    made: dict[str, list[float]] = {}
+    for log in logs:
+        for name, value in ((k, v) for r in log for k, v in r.items() if k.startswith("passes/")):
+            made.setdefault(name.removeprefix("passes/"), []).append(value)
+    return {
+        "train_seconds": [most(log, "seconds") for log in logs],
+        "peak_gb": [most(log, "peak_gb") for log in logs],
+        "passes": {name: statistics.mean(values) for name, values in made.items()} or None,
+    }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -58,16 +77,16 @@ def main() -> None:
     torch.set_num_threads(1)
     for config in args.configs:
         rows: list[dict[str, Any]] = []
-        seconds = []
+        logs: list[list[dict[str, Any]]] = []
         for seed in args.seeds:
-            found, took = distil(config, seed, args.protocol, args.rounds)
-            rows += [r for r in found["rows"] if r["model"] == "teacher" and not seconds]
+            found, log = distil(config, seed, args.protocol, args.rounds)
+            rows += [r for r in found["rows"] if r["model"] == "teacher" and not logs]
             rows += [{**r, "seed": seed} for r in found["rows"] if r["model"] == "student"]
-            seconds.append(took)
+            logs.append(log)
         merged = {**found, "rows": rows, "environment": found["environment"]}
         place = args.out / f"{config.stem}.json"
         results.write(place, merged)
-        record = {"config": str(config), "train_seconds": seconds, "students": summary(rows)}
+        record = {"config": str(config), "teacher": load(config).teacher.path, **costs(logs), "students": summary(rows)}
         place.with_suffix(".summary.json").write_text(json.dumps(record, indent=2) + "\n")
         print(table(merged), json.dumps(record, indent=2), sep="\n", flush=True)
 

@@ -1,0 +1,100 @@
+"""The leaderboard: what results files say and nothing else, as committed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EVAL = Path(__file__).parents[2] / "eval"
+
+
+def program(name):
+    spec = importlib.util.spec_from_file_location(name, EVAL / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+leaderboard, distill = program("leaderboard"), program("distill")
+
+PROTOCOL = {"name": "toy", "hash": "abc", "extractor_id": "features"}
+
+
+def written(folder, name, rows, **cost):
+    full = {"rows": rows, "protocol": PROTOCOL, "environment": {}}
+    (folder / f"{name}.json").write_text(json.dumps(full))
+    (folder / f"{name}.summary.json").write_text(json.dumps(cost))
+
+
+def student(fd, seed, **more):
+    return {"model": "student", "steps": 2, "fd": fd, "seed": seed, **more}
+
+
+def lines(page):
+    """The table's rows as cells by column."""
+    table = [x for x in page.splitlines() if x.startswith("| ") and not x.startswith(("| method", "| ---"))]
+    return [dict(zip(leaderboard.COLUMNS, x.strip("| ").split(" | "), strict=True)) for x in table]
+
+
+def test_the_command_runs_on_the_committed_results_and_the_committed_page_is_up_to_date(tmp_path):
+    out = tmp_path / "page.md"
+    subprocess.run([sys.executable, str(EVAL / "leaderboard.py"), "--out", str(out)], check=True, capture_output=True)
+    assert out.read_text() == (EVAL / "LEADERBOARD.md").read_text(), "run `python eval/leaderboard.py` and commit its page"
+
+
+def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
+    costs = {"train_seconds": [10.0, 14.0], "peak_gb": [1.0, 2.0], "passes": {"student": 6.0, "student_backward": 1.0}}
+    rows = [student(10.0, 0, accuracy=0.5, coverage=0.25, clip=30.0), student(14.0, 1, accuracy=0.5, coverage=0.25, clip=30.0)]
+    written(tmp_path, "a", rows, teacher="zoo:x", **costs)
+    (row,) = lines(leaderboard.render(tmp_path))
+    assert row == {
+        "method": "a",
+        "steps": "2",
+        "teacher": "zoo:x",
+        "seeds": "2",
+        "FD": "12.0 ± 2.8",
+        "CLIP": "30.0 ± 0.0",
+        "accuracy": "0.500 ± 0.000",
+        "coverage": "0.250 ± 0.000",
+        "train s": "12 ± 3",
+        "peak GB": "1.50 ± 0.71",
+        "passes a round": "student 6 (1)",
+    }
+
+
+def test_what_a_result_does_not_say_is_a_dash(tmp_path):
+    written(tmp_path, "a", [{"model": "student", "steps": 1, "fd": 3.0}], peak_gb=[None], passes=None)
+    (row,) = lines(leaderboard.render(tmp_path))
+    assert {k for k, v in row.items() if v == "-"} == set(leaderboard.COLUMNS) - {"method", "steps", "FD"}
+
+
+def test_teachers_stand_once_and_first_then_students_by_steps_and_distance(tmp_path):
+    teacher = {"model": "teacher", "steps": 50, "fd": 1.0}
+    written(tmp_path, "a", [teacher, student(9.0, 0)], teacher="zoo:x")
+    written(tmp_path, "b", [teacher, student(10.0, 0), {**student(99.0, 0), "steps": 1}], teacher="zoo:x")
+    (tmp_path / "bench.json").write_text('{"round_ms": 1}')
+    found = [(row["method"], row["steps"]) for row in lines(leaderboard.render(tmp_path))]
+    assert found == [("teacher", "50"), ("b", "1"), ("a", "2"), ("b", "2")]
+
+
+def test_what_a_run_logged_becomes_its_costs():
+    log = [
+        {"round": 10, "seconds": 5.0, "peak_gb": 1.5, "passes/student": 6.0, "passes/student_backward": 1.0},
+        {"round": 20, "seconds": 9.0, "peak_gb": 1.6, "passes/student": 8.0, "passes/student_backward": 1.0},
+        {"round": 20, "pictures/contrast": 0.9},  # a preview's, without any of it
+    ]
+    assert distill.costs([log, [{"round": 1}]]) == {
+        "train_seconds": [9.0, None],
+        "peak_gb": [1.6, None],
+        "passes": {"student": 7.0, "student_backward": 1.0},
+    }
+    assert distill.costs([[]])["passes"] is None
+
+
+def test_a_file_with_rows_that_is_no_results_file_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"rows": [{"steps": 1}]}')
+    with pytest.raises(ValueError, match="a.json"):
+        leaderboard.render(tmp_path)
