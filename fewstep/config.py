@@ -47,7 +47,8 @@ class StudentConfig(WeightsConfig):
 
 
 class DataConfig(_Strict):
-    """Exactly one of: prompts (zoo:sprites or a .txt, .jsonl, .csv file), images (zoo:sprites or a folder with captions).
+    """Exactly one of: prompts (zoo:sprites or a .txt, .jsonl, .csv file), images (zoo:sprites, or captioned images: a folder,
+    webdataset shards, parquet files of a Hugging Face dataset; shards and files by folder, by name or by pattern).
 
     pairs: how many samples of the teacher's to learn from, drawn once for prompts in pairs_steps steps; they are images, too."""
 

@@ -195,7 +195,7 @@ def test_images_where_there_are_none(refused, config, tmp_path):
         refused("objective consistency needs images: add data.images", verb, config(objective=consistency))
     (tmp_path / "images").mkdir()
     refused("holds no images; put", "train", config(objective=consistency, data={"images": f"{tmp_path}/images"}))
-    refused("there is no folder of images at", "train", config(objective=consistency, data={"images": f"{tmp_path}/nowhere"}))
+    refused("there are no images at", "train", config(objective=consistency, data={"images": f"{tmp_path}/nowhere"}))
 
 
 @pytest.mark.parametrize(

@@ -1,39 +1,41 @@
-"""Captioned images from a folder, or from the embedded world."""
+"""Captioned images from a folder, webdataset shards, parquet files, or the embedded world."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import io
-import struct
+import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from fewstep.data import shards, tables
 from fewstep.data.cache import cached
+from fewstep.data.pictures import DAMAGE, SUFFIXES, Picture, decode, fit
 from fewstep.data.prompts import prompt_of, read_jsonl, read_text
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
+_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # what datasets calls the files of a split
 ZOO_SEED, ZOO_CHUNK, ZOO_COUNT = 60_000, 4096, 8192
-# What Pillow raises for bytes that are no image, or half of one.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Captioned images that are known to decode: files, or pixels (N, H, W, 3) uint8. digest: hash of their content, in order."""
+    """Captioned images that are known to decode: files (or places in them), or pixels (N, H, W, 3) uint8.
+
+    digest: hash of their content, in order."""
 
     captions: tuple[str, ...]
     digest: str
-    files: tuple[Path, ...] = ()
+    files: tuple[Picture, ...] = ()
     pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -51,52 +53,37 @@ class ImageSet:
         def one(index: int) -> np.ndarray:
             try:
                 return fit(decode(self.files[index].read_bytes()), resolution)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 raise ValueError(f"{self.files[index]} can no longer be read ({error}); start again") from error
 
         with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
             return np.stack(list(pool.map(one, indices)))
 
 
-def decode(raw: bytes) -> Image.Image:
-    """The picture in a file's bytes as RGB: upright, on white where it is transparent, 16 bits rounded to 8."""
-    with Image.open(io.BytesIO(raw)) as picture:
-        upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I;16"):
-        upright = Image.fromarray((np.asarray(upright).astype(np.float32) / 257).round().astype(np.uint8))
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    white = Image.new("RGBA", upright.size, "white")
-    white.alpha_composite(upright.convert("RGBA"))
-    return white.convert("RGB")
-
-
-def fit(picture: Image.Image, resolution: tuple[int, int]) -> np.ndarray:
-    """(h, w, 3) uint8: the largest centred cut of that shape, resized once."""
-    height, width = resolution
-    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
-
-
 def read_images(source: str, resolution: tuple[int, int], *, captioned: bool = True, cache: Path | None = None) -> ImageSet:
-    """The images of zoo:sprites, or of a folder (png, jpg, webp, with captions in metadata.jsonl or in a .txt beside each).
+    """The images of zoo:sprites, of a folder (png, jpg, webp, with captions in metadata.jsonl or in a .txt beside each), of
+    webdataset shards (.tar) or of parquet files: a folder of them, one, or a pattern such as data/train-*.parquet.
 
-    Every file is decoded once; those that cannot be are left out with a warning. captioned False: a missing caption is "".
-    cache: where to keep what was learned of the files. Raises ValueError for a folder without images, or captions."""
+    Every image is decoded once; those that cannot be are left out with a warning. captioned False: a missing caption is "".
+    cache: where to keep what was learned of them; the same images in the same order are the same set, however they are stored.
+    Raises ValueError for a source without images, or captions."""
     if source.startswith("zoo:"):
         return _sprites(source, cache)
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder of images at {source}; give a folder with captions, or zoo:sprites")
-    files = _listed(folder)
+    found, remedy = _found(source)
+    files = [file for file, _ in found]
+    captions = [" ".join(text.split()) for _, text in found]
+    bare = [file for file, text in zip(files, captions, strict=True) if not text]
+    if bare and captioned:
+        said = f"{len(bare)} of the {len(files)} images in {source} have no caption (first: {bare[0]})"
+        raise ValueError(f"{said}; {remedy}")
     if not files:
-        raise ValueError(f"{source} holds no images; put {', '.join(SUFFIXES)} files there")
-    captions = _captions(folder, files, captioned)
+        raise ValueError(f"{source} holds no images; put {', '.join(SUFFIXES)} files there, .tar shards or .parquet files")
     digests = _digests(files)
     known = {"kind": "sizes", "version": 1, "files": _joint(digests)}
     sizes = cached(cache, known, lambda: {"sizes": _sizes(files)})["sizes"]
     kept = [i for i, size in enumerate(sizes.tolist()) if min(size) > 0]
     if len(kept) < len(files):
-        bad = next(i for i in range(len(files)) if i not in set(kept))
+        bad = next(i for i, size in enumerate(sizes.tolist()) if min(size) == 0)
         said = f"{len(files) - len(kept)} of the {len(files)} images in {source} cannot be read"
         if not kept:
             raise ValueError(f"{said} (first: {files[bad]}); save them again as PNG or JPEG")
@@ -125,14 +112,45 @@ def _sprites(source: str, cache: Path | None) -> ImageSet:
     return ImageSet(captions, hashlib.blake2b(pixels.data, digest_size=16).hexdigest(), pixels=pixels)
 
 
+def _found(source: str) -> tuple[Sequence[tuple[Picture, str]], str]:
+    """The images at a path with their captions ("" where there is none), and how to caption the rest."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = _listed(path)
+    elif path.suffix.lower() in (".tar", ".parquet"):
+        files = [path] if path.is_file() else sorted(Path(file) for file in glob(str(path), recursive=True))
+    else:
+        files = []
+    if not path.is_dir() and not files:
+        raise ValueError(
+            f"there are no images at {source}; give a folder with captions, .tar or .parquet files (as in data/*.tar), "
+            "or zoo:sprites"
+        )
+    loose, tars, parquet = ([f for f in files if f.suffix.lower() in ends] for ends in (SUFFIXES, (".tar",), (".parquet",)))
+    if bool(loose) + bool(tars) + bool(parquet) > 1:
+        counts = f"{len(loose)} images, {len(tars)} .tar and {len(parquet)} .parquet files"
+        raise ValueError(
+            f"{source} holds {counts}; say which, as in {source}/*.parquet, or move the images to a folder of their own"
+        )
+    splits = {split[1] for f in parquet if (split := _SPLIT.fullmatch(f.name))}
+    if len(splits) > 1 and path.is_dir():
+        some = parquet[0].with_name(f"{'train' if 'train' in splits else min(splits)}-*.parquet")
+        raise ValueError(f"{source} holds the splits {', '.join(sorted(splits))}; name one, as in {some}")
+    if tars:
+        return shards.read_shards(tars), shards.REMEDY
+    if parquet:
+        return tables.read_tables(parquet), tables.REMEDY
+    return _captioned(path, loose), f"write a .txt of the same name beside it, or list it in {METADATA}"
+
+
 def _listed(folder: Path) -> list[Path]:
-    """Image files at any depth, in the order of their names; hidden ones (thumbnails, resource forks) are not meant."""
-    found = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    """Files at any depth, in the order of their names; hidden ones (thumbnails, resource forks) are not meant."""
+    found = (f for f in folder.rglob("*") if f.suffix.lower() in (*SUFFIXES, ".tar", ".parquet") and f.is_file())
     return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
-def _captions(folder: Path, files: list[Path], needed: bool) -> list[str]:
-    """One caption an image, from metadata.jsonl, else from the .txt beside it."""
+def _captioned(folder: Path, files: list[Path]) -> list[tuple[Path, str]]:
+    """Each image with its caption, from metadata.jsonl, else from the .txt beside it."""
     written = {}
     if (folder / METADATA).exists():
         for number, record in read_jsonl(folder / METADATA):
@@ -146,24 +164,16 @@ def _captions(folder: Path, files: list[Path], needed: bool) -> list[str]:
         beside = file.with_suffix(".txt")
         if text is None and beside.exists():
             text = read_text(beside)
-        return " ".join((text or "").split())
+        return text or ""
 
-    captions = [caption(file) for file in files]
-    bare = [file for file, text in zip(files, captions, strict=True) if not text]
-    if bare and needed:
-        raise ValueError(
-            f"{len(bare)} of the {len(files)} images in {folder} have no caption (first: {bare[0]}); "
-            f"write {bare[0].with_suffix('.txt').name} beside it, or list it in {METADATA}"
-        )
-    return captions
+    return [(file, caption(file)) for file in files]
 
 
-def _digests(files: list[Path]) -> list[str]:
-    """The hash of each file's bytes."""
+def _digests(files: Sequence[Picture]) -> list[str]:
+    """The hash of each image's bytes."""
 
-    def one(file: Path) -> str:
-        with file.open("rb") as raw:
-            return hashlib.file_digest(raw, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    def one(file: Picture) -> str:
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(one, files))
@@ -173,14 +183,14 @@ def _joint(digests: list[str]) -> str:
     return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
 
-def _sizes(files: list[Path]) -> Tensor:
-    """(height, width) of every file as decoded, (n, 2); zeros for one that does not decode."""
+def _sizes(files: Sequence[Picture]) -> Tensor:
+    """(height, width) of every image as decoded, (n, 2); zeros for one that does not decode."""
 
-    def one(file: Path) -> tuple[int, int]:
+    def one(file: Picture) -> tuple[int, int]:
         raw = file.read_bytes()  # outside: a file that may not be read is not a damaged image
         try:
             width, height = decode(raw).size
-        except _DAMAGE:
+        except DAMAGE:
             return 0, 0
         return height, width
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.pictures import Picture
+
 NAMES = ("prompt", "caption", "text")  # what a field or a column of prompts may be called; the first found counts
 ZOO_SEED, ZOO_COUNT = 50_000, 8192
 
@@ -38,7 +40,7 @@ def read_prompts(source: str) -> list[str]:
     return prompts
 
 
-def read_text(file: Path) -> str:
+def read_text(file: Picture) -> str:
     """The text of a UTF-8 file without its byte order mark. Raises ValueError where it is not UTF-8."""
     raw = file.read_bytes()
     try:

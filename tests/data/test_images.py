@@ -179,7 +179,7 @@ def test_images_without_a_caption_are_counted_and_the_first_named(tmp_path):
     put(tmp_path, "b.png", caption=None)
     put(tmp_path, "c.png", caption=" \n")
     with pytest.raises(
-        ValueError, match="2 of the 3 images in .* have no caption .*b.png.; write b.txt beside it, or list it in metadata.jsonl"
+        ValueError, match="2 of the 3 images in .* have no caption .*b.png.; write a .txt of the same name beside it, or list it"
     ):
         read_images(str(tmp_path), SIZE)
     assert read_images(str(tmp_path), SIZE, captioned=False).captions == ("a thing", "", "")
@@ -208,7 +208,10 @@ def test_a_caption_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_a_source_that_is_no_folder_of_images_is_said_with_the_remedy(tmp_path):
-    with pytest.raises(ValueError, match="no folder of images at .*gone; give a folder with captions, or zoo:sprites"):
+    with pytest.raises(
+        ValueError,
+        match="no images at .*gone; give a folder with captions, .tar or .parquet files",
+    ):
         read_images(str(tmp_path / "gone"), SIZE)
     with pytest.raises(ValueError, match="holds no images; put .png, .*files there"):
         read_images(str(tmp_path), SIZE)

@@ -1,6 +1,8 @@
 import json
 import shutil
+import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +96,18 @@ def test_rows_are_the_teachers_own_encodings_whatever_the_batch(teachers, family
     for name, tensor in exact.tensors.items():
         torch.testing.assert_close(source.cond.tensors[name], tensor, rtol=1e-4, atol=1e-5)
     assert same(source.null, teacher.null())
+
+
+def test_a_folder_packed_into_a_shard_is_not_encoded_again(teacher, images, tmp_path, calls):
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for file in sorted(Path(images).iterdir()):
+            shard.add(file, file.name)
+    loose, packed = (
+        open_source(teacher, images=path, images_needed=True, cache=tmp_path / "c") for path in (images, str(tmp_path / "a.tar"))
+    )
+    assert calls == {"encode": 5 + 1, "to_latents": 5}  # the one is the null condition
+    assert torch.equal(loose.latents, packed.latents)
+    assert loose.prompts == packed.prompts == WORDS
 
 
 @pytest.mark.parametrize("family", ["sd", "zimage"])

@@ -1,0 +1,39 @@
+"""One picture, wherever its bytes lie: how they become pixels."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# What Pillow raises for bytes that are no image, or half of one.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class Picture(Protocol):
+    """Bytes with a name for messages, str(picture): a Path, a member of a shard, a cell of a table."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+def decode(raw: bytes) -> Image.Image:
+    """The picture in a file's bytes as RGB: upright, on white where it is transparent, 16 bits rounded to 8."""
+    with Image.open(io.BytesIO(raw)) as picture:
+        upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray((np.asarray(upright).astype(np.float32) / 257).round().astype(np.uint8))
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    white = Image.new("RGBA", upright.size, "white")
+    white.alpha_composite(upright.convert("RGBA"))
+    return white.convert("RGB")
+
+
+def fit(picture: Image.Image, resolution: tuple[int, int]) -> np.ndarray:
+    """(h, w, 3) uint8: the largest centred cut of that shape, resized once."""
+    height, width = resolution
+    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
