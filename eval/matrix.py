@@ -31,7 +31,7 @@ from tiny import MAKERS, save  # noqa: E402
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dmd": {"steps": 2, "critic_turns": 1},
-    "consistency": {"steps": 2, "solver_steps": 4},
+    "consistency": {"steps": 2, "solver_steps": 16},  # where one step is a segment, a teacher without guidance is at rest
     "sid": {"steps": 2, "critic_turns": 1},
     "adversarial": {"inner": {"name": "dmd", "steps": 2, "critic_turns": 1}},
 }

@@ -72,7 +72,8 @@ class Taps:
     channels: int | None = None
 
     def read(self, found: Mapping[str, Any], x_t: Tensor) -> list[Tensor]:
-        """What the blocks gave as maps (B, width, h, w) of x_t (B, C, H, W), at least float32."""
+        """What the blocks gave as maps (B, width, h, w) of x_t (B, C, H, W), at least float32; a video's
+        frames (B, C, F, H, W) are one tall map."""
         maps = [self._map(found[name], x_t) for name in self.blocks]
         return [m if m.dtype == torch.float64 else m.float() for m in maps]
 
@@ -85,7 +86,9 @@ class Taps:
         if not self.patch:  # no grid of x_t's: the tokens end with a square
             side = math.isqrt(parts[0].shape[1])
             return parts[0][:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
-        h, w = (side // (self.patch * packing) for side in x_t.shape[2:])
+        *frames, height, width = x_t.shape[2:]
+        h = math.prod(frames) * (height // (self.patch * packing))  # frames lie below one another
+        w = width // (self.patch * packing)
         # Streams of text and image come apart, or as one sequence with the image's tokens first.
         tokens = min((p for p in parts if p.ndim == 3 and p.shape[1] >= h * w), key=lambda p: p.shape[1])
         return tokens[:, : h * w].transpose(1, 2).unflatten(2, (h, w))

@@ -1,6 +1,7 @@
 """The worked example of CONTRIBUTING.md is a file that works: it registers, improves the toy world and trains a pipeline."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -46,4 +47,5 @@ def test_the_example_trains_by_its_name(example, tmp_path):
         "train": {"rounds": 2, "batch": 2},
     }
     run = api.train(parse(tree), tmp_path / "run")
-    assert (run.folder / "metrics.jsonl").read_text().count("\n") == 2
+    log = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert log[0]["round"] == 2 and log[0]["student/regression"] > 0
