@@ -10,7 +10,7 @@ from torch import nn
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.families import FAMILIES
-from fewstep.heads import KINDS, Discriminator, Heads, tapped, taps_of
+from fewstep.heads import KINDS, Discriminator, Heads, Taps, tapped, taps_of
 from fewstep.networks import Full, Lora, build, heads_role
 
 MAKERS = {"StableDiffusionPipeline": tiny_sd_pipeline, "ZImagePipeline": tiny_zimage_pipeline, "DDPMPipeline": tiny_ddpm_pipeline}
@@ -182,3 +182,9 @@ def test_an_error_inside_a_block_comes_out_as_itself():
     with pytest.raises(RuntimeError), tapped({"a": net[1]}, stop=True):
         net(torch.zeros(1, 2))
     assert not net[1]._forward_hooks
+
+
+def test_the_frames_of_a_video_are_one_tall_map():
+    tokens = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(1, 3 * 4 * 2, 6)  # 3 frames of 4x2 tokens
+    (found,) = Taps({"block": torch.nn.Identity()}, (6,), patch=2).read({"block": tokens}, torch.zeros(1, 4, 3, 8, 4))
+    assert found.shape == (1, 6, 12, 2) and torch.equal(found[0, :, 7, 1], tokens[0, 15])
