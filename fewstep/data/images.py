@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from fewstep.data.prompts import prompt_of, read_jsonl, read_text
 
 METADATA = "metadata.jsonl"
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # what datasets calls the files of a split
+READ_CHUNK = 64  # images whose bytes are in memory at once
+NAMED = 3  # images that a message names
 ZOO_SEED, ZOO_CHUNK, ZOO_COUNT = 60_000, 4096, 8192
 
 
@@ -66,7 +69,7 @@ def read_images(source: str, resolution: tuple[int, int], *, captioned: bool = T
 
     Every image is decoded once; those that cannot be are left out with a warning. captioned False: a missing caption is "".
     cache: where to keep what was learned of them; the same images in the same order are the same set, however they are stored.
-    Raises ValueError for a source without images, or captions."""
+    Raises ValueError for a source without images, or captions, and for one of which more than half cannot be decoded."""
     if source.startswith("zoo:"):
         return _sprites(source, cache)
     found, remedy = _found(source)
@@ -78,16 +81,15 @@ def read_images(source: str, resolution: tuple[int, int], *, captioned: bool = T
         raise ValueError(f"{said}; {remedy}")
     if not files:
         raise ValueError(f"{source} holds no images; put {', '.join(SUFFIXES)} files there, .tar shards or .parquet files")
-    digests = _digests(files)
-    known = {"kind": "sizes", "version": 1, "files": _joint(digests)}
-    sizes = cached(cache, known, lambda: {"sizes": _sizes(files)})["sizes"]
+    digests, sizes = _measured(files, cache)
     kept = [i for i, size in enumerate(sizes.tolist()) if min(size) > 0]
-    if len(kept) < len(files):
-        bad = next(i for i, size in enumerate(sizes.tolist()) if min(size) == 0)
-        said = f"{len(files) - len(kept)} of the {len(files)} images in {source} cannot be read"
-        if not kept:
-            raise ValueError(f"{said} (first: {files[bad]}); save them again as PNG or JPEG")
-        warnings.warn(f"{said} and are left out (first: {files[bad]}); save them again or delete them", stacklevel=2)
+    bad = [file for file, size in zip(files, sizes.tolist(), strict=True) if min(size) == 0]
+    if bad:
+        said = f"{len(bad)} of the {len(files)} images in {source} cannot be read"
+        first = f"(first: {', '.join(map(str, bad[:NAMED]))})"
+        if len(bad) > len(kept):
+            raise ValueError(f"{said} {first}: more than half, so something made them wrong; save them again as PNG or JPEG")
+        warnings.warn(f"{said} and are left out {first}; save them again or delete them", stacklevel=2)
     small = [i for i in kept if bool((sizes[i] < torch.tensor(resolution)).any())]
     if small:
         said = f"{len(small)} of the {len(kept)} images in {source} are smaller than {resolution[0]}x{resolution[1]}"
@@ -169,30 +171,31 @@ def _captioned(folder: Path, files: list[Path]) -> list[tuple[Path, str]]:
     return [(file, caption(file)) for file in files]
 
 
-def _digests(files: Sequence[Picture]) -> list[str]:
-    """The hash of each image's bytes."""
-
-    def one(file: Picture) -> str:
-        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(one, files))
-
-
 def _joint(digests: list[str]) -> str:
     return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
 
-def _sizes(files: Sequence[Picture]) -> Tensor:
-    """(height, width) of every image as decoded, (n, 2); zeros for one that does not decode."""
+def _measured(files: Sequence[Picture], cache: Path | None) -> tuple[list[str], Tensor]:
+    """The hash of each image's bytes, and its (height, width) as decoded, (n, 2), zeros where it does not decode.
 
-    def one(file: Picture) -> tuple[int, int]:
-        raw = file.read_bytes()  # outside: a file that may not be read is not a damaged image
+    Every file is read once, and decoded from the bytes at hand where `cache` does not know them."""
+    digests: list[str] = []
+    sizes: list[Tensor] = []
+    with ThreadPoolExecutor() as pool:  # hashing and decoding release the interpreter lock
+        for start in range(0, len(files), READ_CHUNK):
+            raws = list(pool.map(lambda file: file.read_bytes(), files[start : start + READ_CHUNK]))
+            digests += pool.map(lambda raw: hashlib.blake2b(raw, digest_size=16).hexdigest(), raws)
+            known = {"kind": "sizes", "version": 1, "files": _joint(digests[start:])}
+            sizes.append(cached(cache, known, partial(_sizes, raws, pool))["sizes"])
+    return digests, torch.cat(sizes)
+
+
+def _sizes(raws: list[bytes], pool: ThreadPoolExecutor) -> dict[str, Tensor]:
+    def one(raw: bytes) -> tuple[int, int]:
         try:
             width, height = decode(raw).size
         except DAMAGE:
             return 0, 0
         return height, width
 
-    with ThreadPoolExecutor() as pool:
-        return torch.tensor(list(pool.map(one, files)))
+    return {"sizes": torch.tensor(list(pool.map(one, raws)))}

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# What Pillow raises for bytes that are no image, or half of one.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# What Pillow raises for bytes that are no image, or half of one; the last four for metadata that make no sense.
+DAMAGE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+DAMAGE += (TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 class Picture(Protocol):

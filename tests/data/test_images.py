@@ -1,4 +1,5 @@
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,15 +148,41 @@ def test_damaged_images_are_left_out_with_one_warning(tmp_path, damage, suffix):
         found = read_images(str(tmp_path), SIZE)
     (warning,) = seen
     assert "2 of the 4 images" in str(warning.message)
-    assert f"b.{suffix}); save them again or delete them" in str(warning.message)
+    assert f"b.{suffix}, {tmp_path}/c.{suffix}); save them again or delete them" in str(warning.message)
     assert found.captions == ("a", "d")
     assert found.load([1], SIZE).shape == (1, 8, 8, 3)
 
 
-def test_only_damaged_images_are_an_error(tmp_path):
-    put(tmp_path, "a.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match="1 of the 1 images in .* cannot be read .*a.png.; save them again as PNG or JPEG"):
+def test_the_first_damaged_images_are_named_and_all_are_counted(tmp_path):
+    for i in range(10):
+        put(tmp_path, f"{i}.png")
+    for i in range(2, 7):
+        (tmp_path / f"{i}.png").write_bytes(b"no")
+    with pytest.warns(UserWarning, match=r"5 of the 10 images .* \(first: .*2.png, .*3.png, .*4.png\); save") as seen:
+        assert len(read_images(str(tmp_path), SIZE)) == 5
+    assert "5.png" not in str(seen[0].message)
+
+
+def test_more_damaged_images_than_whole_ones_are_an_error(tmp_path):
+    for name in "abc":
+        put(tmp_path, f"{name}.png")
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"no")
+    with pytest.raises(
+        ValueError, match="2 of the 3 images in .* cannot be read .*a.png, .*b.png.: more than half, .*; save them again as PNG"
+    ):
         read_images(str(tmp_path), SIZE)
+
+
+def test_metadata_that_make_no_sense_are_damage_and_not_the_end_of_the_run(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "abc"
+    text, number = (bytes.fromhex(f"010e {kind:04x} {count:08x}") for kind, count in ((2, 4), (11, 1)))
+    put(tmp_path, "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg", exif=exif.tobytes().replace(text, number))
+    (tmp_path / "b.txt").write_text("words")
+    with pytest.warns(UserWarning, match="1 of the 2 images .*b.jpg"):
+        assert len(read_images(str(tmp_path), SIZE)) == 1
 
 
 def test_an_image_damaged_later_is_named(tmp_path):
@@ -238,6 +265,29 @@ def test_files_are_decoded_once_for_good(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "decode", lambda raw: pytest.fail("decoded again"))
     with pytest.warns(UserWarning, match="1 of the 2"):  # still said, though it was found earlier
         assert read_images(str(tmp_path / "images"), SIZE, cache=tmp_path / "cache") == first
+
+
+def test_every_file_is_read_once_and_decoded_only_where_it_is_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "READ_CHUNK", 2)
+    folder, read, decoded = tmp_path / "images", [], []
+    for i in range(5):
+        put(folder, f"{i}.png", Image.new("RGB", (8 + i, 8), (i, 0, 0)))
+    plain, whole = Path.read_bytes, module.decode
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file.name) or plain(file))
+    monkeypatch.setattr(module, "decode", lambda raw: decoded.append(raw) or whole(raw))
+
+    def looked():
+        read.clear(), decoded.clear()
+        found = read_images(str(folder), SIZE, cache=tmp_path / "cache")
+        return found, sorted(n for n in read if n.endswith("png")), len(decoded)
+
+    first, *counts = looked()
+    assert counts == [[f"{i}.png" for i in range(5)], 5]
+    assert (first.digest, len(first)) == (read_images(str(folder), SIZE).digest, 5)
+    put(folder, "4.png", Image.new("RGB", (8, 8), (9, 9, 9)))
+    second, *counts = looked()
+    assert counts == [[f"{i}.png" for i in range(5)], 1]  # the other chunks are known
+    assert second.digest != first.digest
 
 
 def test_zoo_images_come_with_their_captions(monkeypatch, tmp_path):

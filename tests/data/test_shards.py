@@ -76,7 +76,8 @@ def test_shards_and_a_folder_of_the_same_images_are_one_set(tmp_path):
 def test_damaged_images_in_shards_are_left_out_counted_and_named(tmp_path):
     bad = [("b.png", png(1)[:-60]), ("b.txt", b"second"), ("c.png", b""), ("c.txt", b"third")]
     file = shard(tmp_path / "a.tar", sample("a", 0, "first") + bad + sample("d", 3, "fourth"))
-    with pytest.warns(UserWarning, match="2 of the 4 images in .* cannot be read and are left out .first: b.png in .*a.tar"):
+    says = "2 of the 4 images in .* cannot be read and are left out .first: b.png in .*a.tar, c.png in .*a.tar"
+    with pytest.warns(UserWarning, match=says):
         found = read_images(str(file), SIZE)
     assert found.captions == ("first", "fourth")
     assert found.load([0, 1], SIZE).shape == (2, 8, 8, 3)

@@ -63,7 +63,8 @@ def test_damaged_and_missing_images_in_tables_are_left_out_counted_and_named(tmp
     rows = [row(0), row(1, png(1)[:-60]), row(2), row(3)]
     rows[2]["image"]["bytes"] = None
     write(tmp_path / "a.parquet", rows)
-    with pytest.warns(UserWarning, match="2 of the 4 images in .* cannot be read and are left out .first: row 1 of .*a.parquet"):
+    says = "2 of the 4 images in .* cannot be read and are left out .first: row 1 of .*, row 2 of .*a.parquet"
+    with pytest.warns(UserWarning, match=says):
         found = read_images(str(tmp_path), SIZE)
     assert found.captions == ("caption 0", "caption 3")
     assert found.load([1], SIZE).shape == (1, 8, 8, 3)
