@@ -60,6 +60,11 @@ class Teacher:
         own = guidance(self.path.removeprefix("zoo:")) if self.path.startswith("zoo:") else None
         return self.family.default_guidance if own is None else own
 
+    def keep(self, *names: str) -> None:
+        """Lets go of the pipeline's networks, but for the named ones and the one that is distilled."""
+        networks = [k for k, v in self.pipe.components.items() if isinstance(v, nn.Module)]
+        self.pipe.register_modules(**{k: None for k in networks if k not in (*names, self.family.component)})
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, H, W), or (C, F, H, W) for video, of what the network denoises."""

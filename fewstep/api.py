@@ -90,24 +90,29 @@ class Study:
         wanted = data.pairs and (needs.pairs or needs.images)
         return Pairs(self.guided(self.roles["teacher"]), data.pairs, data.pairs_steps) if wanted else None
 
-    def draw_student(self, prompts: Sequence[str], steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
+    def encoded(self, painting: bool) -> None:
+        """Lets go of the text encoders, for all is encoded, and of the autoencoder where pictures are neither drawn nor judged."""
+        _ = self.null
+        self.teacher.keep(*(("vae",) if painting or "pixels" in self.roles else ()))
+
+    def draw_student(self, cond: Cond, steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3), with the weights its role has now."""
         times = self.teacher.grid(steps, self.sampler)
         student = self.student(self.roles["student"], times)
-        return generate(self.teacher, student, self.teacher.encode(prompts), times, self.sampler, seed=seed, bar=bar)
+        return generate(self.teacher, student, cond, times, self.sampler, seed=seed, bar=bar)
 
-    def draw_teacher(self, prompts: Sequence[str], steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
+    def draw_teacher(self, cond: Cond, steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
         """The guided teacher's pictures uint8 (n, h, w, 3)."""
         times, guided = self.teacher.grid(steps, "ddim"), self.guided(self.roles["teacher"])
-        return generate(self.teacher, guided, self.teacher.encode(prompts), times, "ddim", seed=seed, bar=bar)
+        return generate(self.teacher, guided, cond, times, "ddim", seed=seed, bar=bar)
 
     def steps(self) -> tuple[int, ...]:
         """The step counts a student is looked at: 1, 2, 4, and its own."""
         return tuple(sorted({1, 2, 4, self.config.objective.steps}))
 
-    def preview(self, prompts: Sequence[str], folder: Path) -> Preview:
+    def preview(self, cond: Cond, folder: Path) -> Preview:
         """Pictures of the student at 1, 2, 4 and its own steps beside the teacher's."""
-        teacher, student = partial(self.draw_teacher, prompts, 50), partial(self.draw_student, prompts)
+        teacher, student = partial(self.draw_teacher, cond, 50), partial(self.draw_student, cond)
         return Preview(self.roles["student"], teacher, student, self.steps(), self.config.objective.steps, folder)
 
 
@@ -190,13 +195,14 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
         cache=default_cache(),
         progress=True,
     )
+    study.encoded(painting=accelerator.is_main_process)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder.with_name(f".{folder.name}.config.yaml")  # beside it: a kill leaves a folder that is empty, or a run
         scratch.write_text(config.dump())
         os.replace(scratch, stored)
     identity = {"grid": list(study.grid), "sampler": study.sampler}
-    preview = study.preview(source.prompts[:8], folder / "grids")
+    preview = study.preview(source.cond[:8], folder / "grids")
     fit(
         Job(config.objective, study.roles, study.nets, source, config.train, folder, identity, preview),
         resume=resume,
@@ -235,11 +241,11 @@ class Run:
 
     def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3)."""
-        return self.study.draw_student(prompts, steps or self.config.objective.steps, seed, bar)
+        return self.study.draw_student(self.study.teacher.encode(prompts), steps or self.config.objective.steps, seed, bar)
 
     def sample_teacher(self, prompts: Sequence[str], steps: int = 50, seed: int = 0, bar: str = "") -> np.ndarray:
         """The guided teacher's pictures from the same noise."""
-        return self.study.draw_teacher(prompts, steps, seed, bar)
+        return self.study.draw_teacher(self.study.teacher.encode(prompts), steps, seed, bar)
 
     def export(self, to: Path | str, *, form: str | None = None, layout: str = "diffusers") -> Path:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
