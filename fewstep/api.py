@@ -91,7 +91,7 @@ class Study:
         return Pairs(self.guided(self.roles["teacher"]), data.pairs, data.pairs_steps) if wanted else None
 
     def encoded(self, painting: bool) -> None:
-        """Lets go of the text encoders, for all is encoded, and of the autoencoder where pictures are neither drawn nor judged."""
+        """Lets go of the text encoders, as all is encoded, and of the autoencoder where no picture is drawn or judged."""
         _ = self.null
         self.teacher.keep(*(("vae",) if painting or "pixels" in self.roles else ()))
 
