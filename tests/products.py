@@ -1,11 +1,12 @@
-"""A Gaussian world in the plane, and the student at which the losses of discrete consistency vanish in it."""
+"""A Gaussian world in the plane, and the students at which the losses of discrete maps (consistency, shortcuts) vanish in it."""
 
 import pytest
 import torch
 from torch import nn
-from toys import NOTHING, SCHEDULES, TEACHERS, ddim_factor, gaussian
+from toys import NOTHING, SCHEDULES, TEACHERS, Exact, ddim_factor, gaussian, heard
 
 from fewstep.objectives import Batch
+from fewstep.schedules import like
 
 MEAN, VAR = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
 teachers = pytest.mark.parametrize("name, target", TEACHERS)
@@ -30,6 +31,28 @@ class Optimum(nn.Module):
         a, s = (c[:, None] for c in self.schedule.alpha_sigma(self.edges[i]))
         landed = a * self.mean + self.factors[i] * (x - alpha * self.mean)
         return (s * x - sigma * landed) / (alpha * s - sigma * a)  # the x0 whose DDIM jump to the edge lands there
+
+
+class Told(nn.Module):
+    """The network that jumps from any time to any lower one as the Gaussian teacher's DDIM steps between them do."""
+
+    def __init__(self, schedule, target, times, mean=MEAN):
+        super().__init__()
+        self.schedule, self.target, self.times, self.mean, self.ends = schedule, target, times, mean, []
+
+    def forward(self, x, time, cond, end_time):
+        t = heard(self.schedule, time)
+        i, j = ((u.double()[:, None] - self.times).abs().argmin(1) for u in (t, end_time))
+        self.ends.append((i, j))
+        steps = [torch.ones(2).double()] + [
+            ddim_factor(self.schedule, self.times[k], self.times[k - 1], VAR) for k in range(1, len(self.times))
+        ]
+        factor = torch.stack([torch.stack(steps[b + 1 : a + 1]).prod(0) for a, b in zip(i.tolist(), j.tolist(), strict=True)])
+        (a, s), (a_r, s_r) = (self.schedule.alpha_sigma(self.times[k]) for k in (i, j))
+        landed = like(a_r, x) * self.mean + factor * (x - like(a, x) * self.mean)
+        x0 = (like(s_r, x) * x - like(s, x) * landed) / like(a * s_r - s * a_r, x)
+        network = Exact(lambda *_: x0, self.schedule, self.target)
+        return network(x, time, cond)
 
 
 def batch(cond=NOTHING):

@@ -35,6 +35,7 @@ ROUNDS = {
     "reflow": 200,
     "regression": 150,
     "scm": 300,
+    "shortcut": 200,
     "sid": 250,
     "sim": 250,
     "uni_instruct": 250,

@@ -4,21 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from products import MEAN, VAR, N, Optimum, batch, exact, teachers
-from toys import NOTHING, SCHEDULES, Exact, Gaussian, ddim_factor, denoiser, game, gaussian, heard
+from products import MEAN, VAR, N, Optimum, Told, batch, exact, teachers
+from toys import NOTHING, SCHEDULES, Exact, Gaussian, call, denoiser, game, gaussian
 
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.objectives.consistency import Consistency, first_of_segment, solver_times
 from fewstep.objectives.tcd import TCD
 from fewstep.sampling import uniform_grid
-from fewstep.schedules import like
 from fewstep.stream import stream
 
 GRID = uniform_grid(4)
-
-
-def call(net, x, time, cond):
-    return net(x, time, cond)
 
 
 def loss(objective, student, teacher, *, cond=NOTHING, average=None):
@@ -26,28 +21,6 @@ def loss(objective, student, teacher, *, cond=NOTHING, average=None):
     with torch.no_grad():
         nets = replace(game(student, teacher, grid=uniform_grid(objective.steps)), average=average)
         return objective.student_loss(nets, batch(cond), stream(0, 0, 0, 0)).terms["consistency"]
-
-
-class Told(torch.nn.Module):
-    """The network that jumps from any time to any lower one as the Gaussian teacher's DDIM steps between them do."""
-
-    def __init__(self, schedule, target, times):
-        super().__init__()
-        self.schedule, self.target, self.times, self.ends = schedule, target, times, []
-
-    def forward(self, x, time, cond, end_time):
-        t = heard(self.schedule, time)
-        i, j = ((u.double()[:, None] - self.times).abs().argmin(1) for u in (t, end_time))
-        self.ends.append((i, j))
-        steps = [torch.ones(2).double()] + [
-            ddim_factor(self.schedule, self.times[k], self.times[k - 1], VAR) for k in range(1, len(self.times))
-        ]
-        factor = torch.stack([torch.stack(steps[b + 1 : a + 1]).prod(0) for a, b in zip(i.tolist(), j.tolist(), strict=True)])
-        (a, s), (a_r, s_r) = (self.schedule.alpha_sigma(self.times[k]) for k in (i, j))
-        landed = like(a_r, x) * MEAN + factor * (x - like(a, x) * MEAN)
-        x0 = (like(s_r, x) * x - like(s, x) * landed) / like(a * s_r - s * a_r, x)
-        network = Exact(lambda *_: x0, self.schedule, self.target)
-        return network(x, time, cond)
 
 
 @teachers
