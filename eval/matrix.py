@@ -22,6 +22,8 @@ from fewstep import checkpoint, proof
 from fewstep.api import Run, Study, open_study
 from fewstep.config import Config, parse
 from fewstep.data import open_source
+from fewstep.families import family_of
+from fewstep.folders import pipeline_name
 from fewstep.objectives import Needs, Objective, Turn
 from fewstep.trainer import Job, fit
 
@@ -94,7 +96,7 @@ def prove(cell: Cell, teacher: Path, scratch: Path) -> list[str]:
     """What the proof of a cell's export found, by name. Raises ValueError for whatever fails."""
     family, objective, weights = cell
     prompts = scratch / "prompts.txt"
-    prompts.write_text("a red circle\na blue square\n")
+    prompts.write_text("\n".join(words or "nothing" for words in family_of(pipeline_name(teacher)).examples))
     tree = {
         "teacher": {"path": str(teacher), "size": MAKERS[family][1], "guidance": 3.0},
         "student": {"weights": weights, "rank": 2},

@@ -34,7 +34,8 @@ def write(teacher: Teacher, facts: dict[str, Any], name: str) -> str:
 def _front(teacher: Teacher, facts: dict[str, Any]) -> ModelCardData:
     lora = facts["form"] == "lora"
     objective = (facts["record"].get("config") or {}).get("objective") or {}
-    kind = "text-to-video" if facts["video"] else "text-to-image" if facts["text"] else "unconditional-image-generation"
+    drawn = "text-to-image" if "prompt" in facts["ask"] else "unconditional-image-generation"
+    kind = "text-to-video" if facts["video"] else drawn
     tags = [kind, "diffusers", *(["lora"] if lora else []), "few-step", "distillation"]
     if "name" in objective:
         tags.append(str(objective["name"]))
@@ -66,9 +67,8 @@ def _summary(facts: dict[str, Any]) -> str:
 
 def snippet(facts: dict[str, Any], name: str) -> str:
     """Lines that run this very export with stock Diffusers, from the folder above it."""
-    call = ", ".join(f"{k}={v!r}" for k, v in facts["call"].items())
-    prompt = '"a small red circle on a white background", ' if facts["text"] else ""
-    run = f"drawn = pipe({prompt}{call}, generator=torch.manual_seed(0))\n"
+    call = ", ".join(f"{k}={v!r}" for k, v in (facts["ask"] | facts["call"]).items())
+    run = f"drawn = pipe({call}, generator=torch.manual_seed(0))\n"
     if facts["video"]:
         run += 'from diffusers.utils import export_to_video\n\nexport_to_video(drawn.frames[0], "video.mp4")\n'
     else:

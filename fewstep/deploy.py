@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.families import Family, Setting, net_config
 from fewstep.schedules import NoiseSchedule
@@ -27,6 +28,13 @@ class _Stand(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_real"], name)
+
+
+class _Coder(_Stand):
+    """The autoencoder: nothing is drawn, whatever the pipeline asks for."""
+
+    def decode(self, z: Tensor, **about: Any) -> DecoderOutput:
+        return DecoderOutput(sample=z)
 
 
 class _Recorder(_Stand):
@@ -60,7 +68,7 @@ def seen_times(pipeline: Any, family: Family, net: Any, vae: Any, scheduler: Any
     recorder = _Recorder(net)
     parts |= {family.component: recorder, "scheduler": scheduler}
     if vae is not None:
-        parts["vae"] = _Stand(vae)
+        parts["vae"] = _Coder(vae)
     call = {
         "num_inference_steps": steps,
         "output_type": "latent",

@@ -30,7 +30,6 @@ from fewstep.sampling import STEPS, sample
 FACTS, REFERENCE = "fewstep.json", "reference.safetensors"
 LORA_FILE = mixture.LORA_FILE
 COUNTS = (1, 2, 4)  # what every export documents and proves, besides the count it was trained for
-PROMPTS = ("a small red circle left of a large blue square on a grey background", "a large green triangle on a white background")
 SEED = 0
 
 
@@ -190,8 +189,8 @@ def _deployed(teacher: Teacher, net: Any, scheduler: Any) -> Any:
     return pipe
 
 
-def _takes_text(teacher: Teacher) -> bool:
-    return "prompt" in inspect.signature(type(teacher.pipe).__call__).parameters
+def _takes_latents(teacher: Teacher) -> bool:
+    return "latents" in inspect.signature(type(teacher.pipe).__call__).parameters
 
 
 def _facts(
@@ -206,7 +205,7 @@ def _facts(
     times: dict[int, tuple[float, ...]],
     record: dict[str, Any],
 ) -> dict[str, Any]:
-    family, text = teacher.family, _takes_text(teacher)
+    family = teacher.family
     call = {"num_inference_steps": steps, **teacher.call(1.0 if scale is None else scale)}
     folder = teacher_folder(teacher.path)
     index = folder / "model_index.json" if folder else None
@@ -221,7 +220,7 @@ def _facts(
         "pipeline": type(deployed).__name__,
         "component": family.component,
         "scheduler": type(scheduler).__name__,
-        "text": text,
+        "ask": family.ask(teacher.pipe, [family.examples[0]]),
         "video": len(teacher.setting.size) == 3,
         "embedded": family.embedded or scale is not None,  # guidance is an input of the network
         "form": form,
@@ -256,9 +255,8 @@ class _Draws:
 def _write_reference(teacher: Teacher, denoiser: Denoiser, sampler: str, times: dict[int, tuple[float, ...]], to: Path) -> None:
     """fewstep's own pictures, float32: what the stock pipeline must draw from the same latents, prompts and seed.
 
-    Of large pictures every `stride`-th row and column is kept. Pipelines without text draw their latents themselves, as here."""
-    text = _takes_text(teacher)
-    prompts = list(PROMPTS) if text else ["", ""]
+    Of large pictures every `stride`-th row and column is kept. Pipelines that take no latents draw them themselves, as here."""
+    given, prompts = _takes_latents(teacher), list(teacher.family.examples)
     cond = teacher.encode(prompts)
     shape = (len(prompts), *teacher.latent_shape)
     stride = max(1, min(teacher.resolution) // 128)
@@ -266,13 +264,13 @@ def _write_reference(teacher: Teacher, denoiser: Denoiser, sampler: str, times: 
     tensors = {}
     for n, grid in times.items():
         generator = torch.Generator().manual_seed(SEED)
-        if not text:
+        if not given:
             noise = torch.randn(shape, generator=generator)
         rng: Any = _Draws(generator)
         x = sample(denoiser, noise, grid, cond, step=STEPS[sampler], rng=rng)
         tensors[f"images_{n}"] = teacher.decode(x)[..., ::stride, ::stride].contiguous()
     tensors["latents"] = teacher.family.pack(noise).contiguous()
-    notes = {"prompts": json.dumps(prompts if text else None), "seed": str(SEED), "stride": str(stride)}
+    notes = {"ask": json.dumps(teacher.family.ask(teacher.pipe, prompts)), "seed": str(SEED), "stride": str(stride)}
     save_file(tensors, to, metadata=notes)
 
 

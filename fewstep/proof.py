@@ -6,6 +6,7 @@ one line of JSON, [{"name", "ok", "detail"}, ...], and knows nothing but torch, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -18,7 +19,7 @@ from typing import Any
 
 PIPELINE = Path(__file__).with_name("phased.py")  # what runs a student of several experts
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-FORMAT = 1  # of fewstep.json
+FORMAT = 2  # of fewstep.json
 PIXELS = 1e-4  # largest difference from the reference, of pixels in [0, 1]
 SAME = 1e-6  # the same where both come from stock Diffusers
 
@@ -192,7 +193,7 @@ def _layers(folder: Path, facts: dict[str, Any], pipe: Any) -> str:
 
 
 class Reference:
-    """What the export's pictures must be: latents, prompts and seed, and fewstep's own pictures for them."""
+    """What the export's pictures must be: latents, what is asked for and seed, and fewstep's own pictures for them."""
 
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
@@ -200,7 +201,7 @@ class Reference:
         with safe_open(folder / "reference.safetensors", "pt") as file:
             notes = file.metadata()
             self.tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        self.prompts = json.loads(notes["prompts"])
+        self.ask = json.loads(notes["ask"])
         self.seed, self.stride = int(notes["seed"]), int(notes["stride"])
 
 
@@ -229,13 +230,14 @@ def draw(pipe: Any, facts: dict[str, Any], reference: Reference, n: int) -> tupl
 
     latents = reference.tensors["latents"]
     call = {**facts["call"], "num_inference_steps": n, "generator": torch.Generator().manual_seed(reference.seed)}
+    ask = copy.deepcopy(reference.ask)  # ZImagePipeline writes its chat template into the caller's list
+    # Pipelines that take no latents draw them themselves; some give arrays.
+    given = "latents" in inspect.signature(pipe.__call__).parameters
     with _watched(getattr(pipe, facts["component"])) as seen:
-        if reference.prompts is None:  # these pipelines draw their latents themselves, and give arrays
-            pictures = torch.from_numpy(pipe(**call, batch_size=len(latents), output_type="np").images).permute(0, 3, 1, 2)
-        else:
-            prompts = list(reference.prompts)  # a copy: ZImagePipeline writes its chat template into the caller's list
-            drawn = pipe(prompts, **call, latents=latents.clone(), output_type="pt")
-            pictures = drawn.images if "images" in drawn else drawn.frames
+        drawn = pipe(**ask, **call, **({"latents": latents.clone(), "output_type": "pt"} if given else {"output_type": "np"}))
+    pictures = drawn.images if "images" in drawn else drawn.frames
+    if not given:
+        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     return seen, pictures
 
 

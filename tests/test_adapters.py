@@ -20,7 +20,8 @@ from fewstep.sampling import STEPS, rollout
 from fewstep.stream import stream
 
 EMBEDDED = ("flux",)  # one pass: the guidance that is fed has a test of its own
-FROM_WORDS = [name for name in MAKERS if name != "ddpm"]
+UNLED = ("dit", "ddpm")  # pipelines that draw their latents themselves
+FROM_WORDS = [name for name in MAKERS if name not in UNLED]
 GUIDED = [(name, g) for name in FROM_WORDS for g in (1.0, 4.0) if g == 1 or name not in EMBEDDED]
 WORDS = ["a red circle", "a small blue square left of a star"]
 
@@ -138,19 +139,26 @@ def test_renoise_is_the_lcm_schedulers_walk(teachers, steps):
     assert times == fed
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_pixels_are_the_ddim_pipelines_own(teachers, steps):
-    teacher = teachers["ddpm"]
-    pipe = diffusers.DDIMPipeline(unet=teacher.net, scheduler=teacher.scheduler("ddim"))
+@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize(("name", "guidance"), [("ddpm", 1.0), ("dit", 1.0), ("dit", 4.0)])
+def test_what_a_pipeline_draws_from_its_own_latents_is_ours(teachers, name, steps, guidance):
+    teacher, fed_x = teachers[name], []
+    kind = getattr(diffusers, teacher.family.deployed or type(teacher.pipe).__name__)
+    parts = {k: v for k, v in teacher.pipe.components.items() if k != "scheduler"}
+    pipe = kind(**parts, scheduler=teacher.scheduler("ddim"))
     pipe.set_progress_bar_config(disable=True)
+    words, call = list(teacher.family.examples), {**teacher.call(guidance), "num_inference_steps": steps}
+    note = teacher.net.register_forward_pre_hook(lambda module, args: fed_x.append(args[0][:2].clone()))
     with Times(teacher.net) as fed:
-        theirs = pipe(
-            batch_size=2, generator=torch.Generator().manual_seed(5), num_inference_steps=steps, output_type="np"
-        ).images
+        asked = teacher.family.ask(teacher.pipe, words)
+        theirs = pipe(**asked, **call, generator=torch.Generator().manual_seed(5), output_type="np").images
+    note.remove()
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(5))
-    found, times = ours(teacher, noise, teacher.grid(steps, "ddim"), words=["", ""])
-    pixels = (found[-1] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(pixels, theirs, atol=1e-5)
+    found, times = ours(teacher, noise, teacher.grid(steps, "ddim"), guidance=guidance, words=words)
+    for a, b in zip([noise, *found], fed_x, strict=False):  # the network sees every latent but the last, which is decoded
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(b.abs().max())))
+    assert len(fed_x) == len(found) == steps
+    np.testing.assert_allclose(teacher.decode(found[-1]).permute(0, 2, 3, 1).numpy(), theirs, atol=1e-5)
     assert times == pytest.approx(fed, abs=1e-6)
 
 
@@ -247,6 +255,22 @@ def test_labels_reach_a_class_conditional_network():
         found = call(net, x, time, encode(None, ["7", "3"], None))
         torch.testing.assert_close(found, net(x, time, class_labels=torch.tensor([7, 3])).sample)
         assert not torch.equal(found, call(net, x, time, Cond({"label": torch.tensor([3, 3])})))
+
+
+def test_a_class_is_a_number_or_a_name_and_nothing_is_no_class(teachers):
+    teacher = teachers["dit"]
+    assert teacher.encode(["207", "otter", "", "0"]).tensors["label"].tolist() == [207, 360, 1000, 0]
+    assert teacher.null().tensors["label"].tolist() == [1000]
+    for wrong in ("a red circle", "1001", "-1"):
+        with pytest.raises(ValueError, match=f"'{wrong}' is no class of this teacher; write classes as numbers from 0 to 999"):
+            teacher.encode([wrong])
+
+
+def test_a_size_that_the_pipelines_call_does_not_take_is_refused(folders):
+    for name, own in (("dit", 64), ("ddpm", 8)):
+        assert load_teacher(str(folders[name]), size=(own, own)).resolution == (own, own)
+        with pytest.raises(ValueError, match=rf"at its own size alone, \[{own}, {own}\], not \[32, 32\]"):
+            load_teacher(str(folders[name]), size=(32, 32))
 
 
 # What cannot be loaded is refused in one sentence, before a weight is read where that is possible.

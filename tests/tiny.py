@@ -20,6 +20,8 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -570,6 +572,26 @@ def tiny_cogvideox_pipeline(seed: int = 0) -> CogVideoXPipeline:
     return _seeded(make, seed)
 
 
+def tiny_dit_pipeline(seed: int = 0) -> DiTPipeline:
+    """Class-conditional: a thousand classes and "no class", epsilon with a learned variance, names of classes."""
+
+    def make() -> DiTPipeline:
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=8,
+        )
+        scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, set_alpha_to_one=True)
+        pipe = DiTPipeline(transformer=transformer, vae=tiny_vae(), scheduler=scheduler)
+        pipe.register_to_config(id2label={"207": "golden retriever, golden", "360": "otter"})  # as DiT's own index has it
+        return pipe
+
+    return _seeded(make, seed)
+
+
 def tiny_ddpm_pipeline(seed: int = 0) -> DDPMPipeline:
     """Unconditional epsilon-predicting UNet on 8x8 RGB pixels."""
 
@@ -603,6 +625,7 @@ MAKERS: dict[str, tuple[Callable[[], DiffusionPipeline], tuple[int, ...] | None]
     "ltx": (tiny_ltx_pipeline, (9, 32, 64)),
     "cogvideox": (tiny_cogvideox_pipeline, None),
     "zimage": (tiny_zimage_pipeline, None),
+    "dit": (tiny_dit_pipeline, None),
     "ddpm": (tiny_ddpm_pipeline, None),
 }
 

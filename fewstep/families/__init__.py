@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.families import attention, flux, pixels, stable_diffusion, video
+from fewstep.families import attention, classes, flux, pixels, stable_diffusion, video
 from fewstep.families.base import Family, Setting, bare, make_scheduler, net_config, setting_of
 
 __all__ = ["FAMILIES", "Family", "Setting", "bare", "family_of", "make_scheduler", "net_config", "setting_of"]
@@ -20,6 +20,7 @@ FAMILIES: dict[str, Family] = {
     "WanPipeline": video.WAN,
     "LTXPipeline": video.LTX,
     "CogVideoXPipeline": video.COGVIDEOX,
+    "DiTPipeline": classes.DIT,
     "DDPMPipeline": pixels.DDPM,
     "DDIMPipeline": pixels.DDPM,
 }

@@ -84,6 +84,9 @@ def standardised(vae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.reshape(1, -1, 1, 1, 1), std.reshape(1, -1, 1, 1, 1)
 
 
+EXAMPLES = ("a small red circle left of a large blue square on a grey background", "a large green triangle on a white background")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How one pipeline class is read, called, sized and deployed. x is always (B, C, H, W), or (B, C, F, H, W) for video.
@@ -95,7 +98,8 @@ class Family:
     guide: our scale (1 = none) as keyword arguments of the pipeline's call; renorm: what the pipeline does to a guided output
     (conditional, guided) -> guided. embedded: guidance is an input of the network, and there is no second pass.
     size, latents: see `native_size`, `latent_shape`. pack: x -> the pipeline's own `latents`. encode_pixels, decode: images
-    (B, 3, H, W) in [-1, 1] to x, and back (video: (B, F, 3, H, W)). options: further fixed arguments of the call."""
+    (B, 3, H, W) in [-1, 1] to x, and back (video: (B, F, 3, H, W)). options: further fixed arguments of the call.
+    ask: (pipe, prompts) as keyword arguments of the call. examples: two prompts for which an export is proved."""
 
     component: str = "transformer"
     call: Callable[[Any, Tensor, Tensor, Cond], Tensor]
@@ -120,6 +124,8 @@ class Family:
     encode_pixels: Callable[[Any, Tensor], Tensor] = kl_encode
     decode: Callable[[Any, Tensor], Tensor] = kl_decode
     options: Config = field(default_factory=dict)
+    ask: Callable[[Any, list[str]], dict[str, Any]] = lambda pipe, prompts: {"prompt": prompts}
+    examples: tuple[str, str] = EXAMPLES
     refuse: Callable[[Any], str | None] = lambda pipe: None  # why this very pipeline cannot be distilled, as a sentence
 
     def arguments(self, setting: Setting) -> dict[str, Any]:
@@ -134,6 +140,8 @@ def setting_of(family: Family, net: Config, vae: Config, size: tuple[int, ...] |
     if size is not None and len(size) != len(native):
         wanted = "[frames, height, width]" if len(native) == 3 else "[height, width]"
         raise ValueError(f"teacher.size is {wanted} for this teacher (its own: {list(native)}), not {list(size)}")
+    if size not in (None, native) and not family.sized:
+        raise ValueError(f"this teacher draws at its own size alone, {list(native)}, not {list(size)}; leave teacher.size away")
     setting = Setting(size or native, family.default_guidance if guidance is None else guidance)
     if min(family.latents(net, vae, setting.size)) < 1:
         raise ValueError(f"teacher.size {list(setting.size)} is too small for this teacher; its own is {list(native)}")

@@ -36,4 +36,6 @@ DDPM = Family(
     lora_loader=False,
     deployed="DDIMPipeline",
     sized=False,
+    ask=lambda pipe, prompts: {"batch_size": len(prompts)},
+    examples=("", ""),
 )
