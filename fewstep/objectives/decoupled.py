@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fewstep.denoiser import Guided
 from fewstep.losses import moments_kl, normalised, push
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register, simulate_step
-from fewstep.objectives.dmd import following, learn, statistics
+from fewstep.objectives.base import Batch, Losses, Nets, register, simulate_step
+from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
 from fewstep.times import Uniform
 
@@ -20,15 +20,15 @@ from fewstep.times import Uniform
 @register("decoupled")
 @final
 @dataclass(frozen=True, kw_only=True)
-class Decoupled(Objective):
+class Decoupled(TwoTimeScale):
     """critic - guided teacher = (critic - teacher) - (w - 1) (teacher - teacher without prompt). The first, distribution matching
     (DM), is taken over the full range of times; the second, the augmentation by guidance (CA), which does the converting to few
     steps, only at times cleaner than the student's own. Each is divided by its own distance. Prompts only.
 
     w is `teacher.guidance`; a teacher that is not guided gives the first term alone. steps: of the deployed student.
     matching: weight of DM. moments: weight of a milder shield against what CA overdoes, the divergence of each sample's mean and
-    spread from `mean` and `std`, those of clean latents. critic_turns: critic updates a student update. low, high: the full
-    range; CA ends at the student's time where that is less. floor: least normaliser. ida: as for `dmd`.
+    spread from `mean` and `std`, those of clean latents. low, high: the full range; CA ends at
+    the student's time where that is less. floor: least normaliser. critic_turns, critic_low, ida: see TwoTimeScale.
     Deviation: the paper's normaliser could not be checked; here each term's is the mean distance to the unguided teacher there.
     """
 
@@ -38,25 +38,12 @@ class Decoupled(Objective):
     moments: float = 0.0
     mean: float = 0.0
     std: float = 1.0
-    critic_turns: int = 5
-    low: float = 0.02
-    high: float = 0.98
-    critic_low: float = 0.001
     floor: float = 1e-4
-    ida: float = 1.0
 
     def __post_init__(self) -> None:
-        following(self.ida)
+        super().__post_init__()
         if self.std <= 0:
             raise ValueError(f"std is the spread of clean latents, a positive number, not {self.std}")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(roles=("critic",))
-
-    def round(self, step: int) -> list[Turn]:
-        student = Turn("student", self.student_loss, followers=following(self.ida))
-        return [Turn("critic", self.critic_loss)] * self.critic_turns + [student]
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """(f_fake - f_c) / N at t_DM, minus (w - 1) (f_c - f_u) / N at t_CA <= the student's time, each at noise of its own."""
@@ -66,21 +53,17 @@ class Decoupled(Objective):
             t = Uniform(self.low, self.high).sample(len(x), rng)
             x_t = schedule.add_noise(x, rng.normal_like(x), t)
             direction = self.matching * matching(nets, batch, x, x_t, t, self.floor)
-            stats = statistics(x, direction)
+            stats = {"direction": size(direction)}
             if isinstance(nets.teacher, Guided) and nets.teacher.scale != 1:
                 t = Uniform(min(self.low, start / 2), min(self.high, start)).sample(len(x), rng)
                 x_t = schedule.add_noise(x, rng.normal_like(x), t)
                 more = augmentation(nets.teacher, batch, x, x_t, t, self.floor)
-                stats["augmentation"] = more.abs().mean()
+                stats["augmentation"] = size(more)
                 direction = direction + more
         terms = {"dm": push(x, direction)}
         if self.moments:
             terms["moments"] = self.moments * moments_kl(x, self.mean, self.std)
         return Losses(terms, stats, x)
-
-    def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
-        """Denoising loss of the critic on the student's samples, in the network's native target."""
-        return learn(nets, batch, rng, self.critic_low)
 
 
 def matching(nets: Nets, batch: Batch, x: Tensor, x_t: Tensor, t: Tensor, floor: float) -> Tensor:

@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from typing import final
 
 from fewstep.losses import mse, normalised, push
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register, simulate
-from fewstep.objectives.dmd import learn, scored, statistics
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, full, register
+from fewstep.objectives.two_time_scale import TwoTimeScale, scored, size
 from fewstep.stream import Stream
-from fewstep.times import Uniform
 
 
 @register("dmd1")
 @final
 @dataclass(frozen=True, kw_only=True)
-class DMD1(Objective):
+class DMD1(TwoTimeScale):
     """Distribution matching as in `dmd`, held in place by pairs: from the noise that the teacher drew a sample from, the student
     draws that sample. Prompts, and pairs made from them.
 
     steps: of the deployed student; the paper's has one, and where there are more the pairs teach the first of them.
-    regression: weight of the pairs. critic_turns: critic updates a student update. low, high, floor: as for `dmd`.
+    regression: weight of the pairs. floor: as for `dmd`; the other settings are those of TwoTimeScale.
     Deviations: the distance of a pair is the mean square in latents, not LPIPS of decoded pictures, which would want a decoder
     and a perceptual network in every round; the paper's further factor alpha_t of the direction is left out, as in its authors'
     later code.
@@ -31,29 +30,18 @@ class DMD1(Objective):
     sampler: str | None = None
     critic_turns: int = 1
     regression: float = 0.25
-    low: float = 0.02
-    high: float = 0.98
-    critic_low: float = 0.001
     floor: float = 1e-4
 
     @property
     def needs(self) -> Needs:
         return Needs(roles=("critic",), pairs=True)
 
-    def round(self, step: int) -> list[Turn]:
-        return [Turn("critic", self.critic_loss)] * self.critic_turns + [Turn("student", self.student_loss)]
-
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """`dmd`'s term (DMD, eq. 7 and 8) on fresh noise, and regression x d(G(noise), teacher's sample) (eq. 9)."""
         assert batch.latents is not None and batch.noise is not None
-        x = simulate(nets, batch, rng).x0
-        t = Uniform(self.low, self.high).sample(len(x), rng)
-        real, fake = scored(nets, batch, x, t, rng)
+        x, x_t, t = self.noised(nets, batch, rng)
+        real, fake = scored(nets, batch, x_t, t)
         direction = normalised(fake - real, x, real, self.floor)
         again = nets.student(batch.noise, full(nets.grid[0], len(batch.noise)), batch.cond).x0
         terms = {"dm": push(x, direction), "regression": self.regression * mse(again, batch.latents)}
-        return Losses(terms, statistics(x, direction), x)
-
-    def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
-        """Denoising loss of the critic on the student's samples, in the network's native target."""
-        return learn(nets, batch, rng, self.critic_low)
+        return Losses(terms, {"direction": size(direction)}, x)

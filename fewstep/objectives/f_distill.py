@@ -12,9 +12,9 @@ from torch import Tensor
 from fewstep.divergences import divergence, ranges, relative
 from fewstep.heads import Heads
 from fewstep.losses import CONTESTS, flat_mean, non_saturating, normalised, push
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register, simulate
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, register
 from fewstep.objectives.contest import contest, noised
-from fewstep.objectives.dmd import following, learn, statistics
+from fewstep.objectives.two_time_scale import TwoTimeScale, scored, size
 from fewstep.schedules import like
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -23,14 +23,15 @@ from fewstep.times import Uniform
 @register("f_distill")
 @final
 @dataclass(frozen=True, kw_only=True)
-class FDistill(Objective):
+class FDistill(TwoTimeScale):
     """`dmd` with its GAN term, whose direction weighs h(r) times as much where real data are r times as likely as the student's
     samples. Images, since heads learn r from them.
 
     divergence: which f, and so which h. rkl is `dmd`; kl, jeffreys cover what the student misses; neyman, softened leave what it
     alone draws; js and squared_hellinger lie between. steps: of the deployed student. critic_turns: updates of critic and heads a
     student update. heads, taps: as for `adversarial`. weight: of the GAN term; judge_weight: of the heads' loss beside the
-    critic's. bins: ranges of time in each of which r is made to average 1. low, high, floor, ida: as for `dmd`.
+    critic's. bins: ranges of time in each of which r is made to average 1. floor: as for
+    `dmd`; low, high, critic_low, ida: see TwoTimeScale.
     Deviations: the averages of r and of h are those of a process's batch at hand, not moving ones, so a batch should hold several
     samples a bin (the paper: 10 bins, batches of 512); heads and critic move together, by an optimizer each.
     """
@@ -40,19 +41,14 @@ class FDistill(Objective):
     divergence: Literal["js", "kl", "rkl", "softened", "squared_hellinger", "neyman", "jeffreys"] = "js"
     heads: Literal["dmd2", "ladd", "projected"] = "dmd2"
     taps: tuple[str, ...] = ()
-    critic_turns: int = 5
     weight: float = 3e-3
     judge_weight: float = 1e-2
     bins: int = 4
-    low: float = 0.02
-    high: float = 0.98
-    critic_low: float = 0.001
     floor: float = 1e-4
-    ida: float = 1.0
 
     def __post_init__(self) -> None:
         divergence(self.divergence)
-        following(self.ida)
+        super().__post_init__()
         if self.bins < 1:
             raise ValueError(f"bins is a number of ranges of time, at least 1, not {self.bins}")
 
@@ -60,23 +56,21 @@ class FDistill(Objective):
     def needs(self) -> Needs:
         return Needs(roles=("critic", "heads"), images=True, heads=Heads(self.heads, self.taps))
 
-    def round(self, step: int) -> list[Turn]:
-        student = Turn("student", self.student_loss, followers=following(self.ida))
-        return [Turn("critic", self.critic_loss, ("heads",))] * self.critic_turns + [student]
+    @property
+    def apprentices(self) -> tuple[str, ...]:
+        return ("heads",)
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """h x `dmd`'s direction (theorem 1), and weight x softplus(-D) at the same x_t."""
-        assert nets.critic is not None and nets.judge is not None
-        x = simulate(nets, batch, rng).x0
-        t = Uniform(self.low, self.high).sample(len(x), rng)
-        x_t = nets.student.schedule.add_noise(x, rng.normal_like(x), t)
+        assert nets.judge is not None
+        x, x_t, t = self.noised(nets, batch, rng)
         logits = nets.judge.logits(x_t, t, batch.cond)
+        real, fake = scored(nets, batch, x_t, t)
         with torch.no_grad():
-            real, fake = nets.teacher(x_t, t, batch.cond).x0, nets.critic(x_t, t, batch.cond).x0
             h = self.weights(logits, t)
             direction = like(h, x) * normalised(fake - real, x, real, self.floor)
         terms = {"dm": push(x, direction), "adversary": self.weight * flat_mean(non_saturating(logits))}
-        return Losses(terms, statistics(x, direction) | {"largest_weight": h.max()}, x)
+        return Losses(terms, {"direction": size(direction), "largest_weight": h.max()}, x)
 
     def weights(self, logits: Tensor, t: Tensor) -> Tensor:
         """h(r) (B,), averaging 1 over the batch, of r = exp(mean logit) that averages 1 in each bin of t (algorithm 1)."""
@@ -88,7 +82,7 @@ class FDistill(Objective):
         """Denoising loss of the critic on the student's samples, and judge_weight x the heads' loss, which tells them, noised,
         from noised real data."""
         assert batch.latents is not None
-        losses = learn(nets, batch, rng, self.critic_low)
+        losses = super().critic_loss(nets, batch, rng)
         assert losses.sample is not None
         times = Uniform(self.low, self.high)
         real, fake = (noised(nets, x, times.sample(len(x), rng), rng) for x in (batch.latents, losses.sample))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.losses import mse, normalised, push
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register, simulate
-from fewstep.objectives.dmd import statistics
+from fewstep.objectives.two_time_scale import size
 from fewstep.schedules import like
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -74,7 +74,7 @@ class PhasedDMD(Objective):
             x_t = nets.student.schedule.forward_kernel(x_s.detach(), rng.normal_like(x_s), s, t)
             real, fake = nets.teacher(x_t, t, batch.cond), nets.critic(x_t, t, batch.cond)
             direction = normalised(fake.x0 - real.x0, x0, real.x0, self.floor)
-        return Losses({"dm": push(x_s, direction)}, statistics(x0, direction), x0)
+        return Losses({"dm": push(x_s, direction)}, {"direction": size(direction)}, x0)
 
     def critic_loss(self, phase: int, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """Denoising loss above s on the student's x_s, with the target that is unbiased for any law of x_s."""

@@ -13,8 +13,8 @@ from fewstep.denoiser import Prediction
 from fewstep.losses import mse, normalised, push, unit
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.dmd import statistics
 from fewstep.objectives.scm import TRIG, tangent, times
+from fewstep.objectives.two_time_scale import size
 from fewstep.schedules import like
 from fewstep.stream import Stream
 from fewstep.tangents import DERIVATIVES
@@ -85,7 +85,7 @@ class RCM(Objective):
             x_t = TRIG.add_noise(x.detach(), rng.normal_like(x), t)
             real, fake = (Matched(net, TRIG)(x_t, t, batch.cond).x0 for net in (nets.teacher, nets.critic))
             direction = normalised(fake - real, x, real, 1e-5)
-        return Losses({"dm": self.score_weight * push(x, direction)}, statistics(x, direction), x)
+        return Losses({"dm": self.score_weight * push(x, direction)}, {"direction": size(direction)}, x)
 
     def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """The critic's F against that of the student's noised samples: ||x0 - f||^2 / sin^2."""

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.losses import distance, flat_mean
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, denoise, register, simulate
+from fewstep.objectives.base import Batch, Losses, Nets, denoise, register, simulate
+from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
-from fewstep.times import Uniform
 
 
 @register("sid")
 @final
 @dataclass(frozen=True, kw_only=True)
-class SiD(Objective):
+class SiD(TwoTimeScale):
     """The student lowers the squared difference of two scores at noised samples of its own, the teacher's minus the critic's, by
     a gradient that passes through the inputs of both networks. Prompts only.
 
@@ -30,7 +30,7 @@ class SiD(Objective):
     sample, and of the teacher (None: `teacher.guidance`). (1, 1, 1, None) guides the teacher alone; (k, k, k, k) is "long and
     short" (k 1.5 for variety, 4.5 for adherence); kappa1-3 = 0 with kappa4 = 1 is Zero-CFG, whose critic never reads a prompt;
     kappa1-3 below 0 with kappa4 = 1 is Anti-CFG. dropout: share of prompts left out in the critic's turn, where it is guided.
-    critic_turns: critic updates a student update. low, high: range of the re-noising time. floor: least normaliser.
+    floor: least normaliser. The other settings are those of TwoTimeScale.
     Deviations: 5 critic turns where SiD, with batches of 256 to 8192, does with 1; a one-step student starts from unit noise at
     the deployed time (LSG: 0.625, noise scaled by its sigma); steps are joined as they are deployed, with fresh noise only where
     the sampler puts it; means over a sample in the place of sums; the critic's time is uniform in (critic_low, 1] as for dmd,
@@ -45,23 +45,12 @@ class SiD(Objective):
     kappa3: float = 1.0
     kappa4: float | None = None
     dropout: float = 0.1
-    critic_turns: int = 5
-    low: float = 0.02
-    high: float = 0.98
-    critic_low: float = 0.001
     floor: float = 1e-5
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(roles=("critic",))
-
-    def round(self, step: int) -> list[Turn]:
-        return [Turn("critic", self.critic_loss)] * self.critic_turns + [Turn("student", self.student_loss)]
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """delta ((f_real - x) - alpha delta) with delta = f_real - f_fake; where kappa2 and kappa3 differ, f_real - x is delta
         and the other critic's f_fake - x. At the critic's optimum it averages (1 - alpha) E[delta^2]: 0 for alpha = 1."""
-        x, x_t, t = noised(nets, batch, rng, self.low, self.high)
+        x, x_t, t = self.noised(nets, batch, rng)
         teacher = nets.teacher
         if self.kappa4 is not None and isinstance(teacher, Guided):
             teacher = replace(teacher, scale=self.kappa4)
@@ -69,7 +58,7 @@ class SiD(Objective):
         short, long = self._fakes(nets, x_t, t, batch.cond)
         delta = real - short
         loss = flat_mean(delta * ((1 - self.alpha) * delta + (long - x))) / distance(x, real, self.floor)
-        return Losses({"sid": loss}, statistics(x, delta), x)
+        return Losses({"sid": loss}, {"delta": size(delta)}, x)
 
     def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """Denoising loss on the student's samples, of the critic as guided by kappa1."""
@@ -89,18 +78,6 @@ class SiD(Objective):
         short, long = (_as_teacher(nets, kappa) for kappa in (self.kappa2, self.kappa3))
         c, u = short.both(x_t, t, cond)
         return short.mixed(x_t, t, c, u).x0, long.mixed(x_t, t, c, u).x0
-
-
-def noised(nets: Nets, batch: Batch, rng: Stream, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, x_t, t): a sample of the student's and what noise makes of it at uniform times, both with the student's graph."""
-    x = simulate(nets, batch, rng).x0
-    t = Uniform(low, high).sample(len(x), rng)
-    return x, nets.student.schedule.add_noise(x, rng.normal_like(x), t), t
-
-
-def statistics(x: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    """What to watch, since the loss itself says little: spread of the samples, and mean size of the score difference."""
-    return {"x0_std": x.detach().std(), "delta": flat_mean(delta.detach().abs()).mean()}
 
 
 def _guided(nets: Nets, kappa: float) -> Denoiser | Guided:

@@ -10,8 +10,8 @@ import torch
 
 from fewstep.denoiser import Denoiser, Guided
 from fewstep.losses import mse, push
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register, simulate
-from fewstep.objectives.dmd import statistics
+from fewstep.objectives.base import Batch, Losses, Nets, register, simulate
+from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
 from fewstep.times import Uniform
 
@@ -19,14 +19,14 @@ from fewstep.times import Uniform
 @register("vsd")
 @final
 @dataclass(frozen=True, kw_only=True)
-class VSD(Objective):
+class VSD(TwoTimeScale):
     """The student follows sigma^2 (eps_teacher - eps_critic), both under the same guidance, without a normaliser. Prompts only;
     the critic is meant to be an adapter on the teacher (critic: {weights: lora}).
 
     steps: of the deployed student. kappa: range that the guidance of both is drawn from, one number a turn (PG-SB: [0.5, 4] for
     SD, [0.5, 3] for PixArt); None: `teacher.guidance` throughout (SwiftBrush: 4.5). A teacher without guidance goes unguided.
-    critic_turns: critic updates a student update. dropout: share of prompts left out in them, since the critic is asked without
-    one, too. low, high: range of the re-noising time.
+    dropout: share of prompts left out in the critic's turns, since it is asked without one, too. The other settings are those of
+    TwoTimeScale.
     Deviations: five critic turns, not one, which would need a critic_lr far above the student's (SwiftBrush: 1e-3 and 1e-6); the
     critic comes first; its time is continuous in (critic_low, 1].
     """
@@ -34,35 +34,23 @@ class VSD(Objective):
     steps: int = 1
     sampler: str | None = None
     kappa: tuple[float, float] | None = None
-    critic_turns: int = 5
     dropout: float = 0.1
-    low: float = 0.02
-    high: float = 0.98
-    critic_low: float = 0.001
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kappa is not None and not self.kappa[0] <= self.kappa[1]:
             raise ValueError(f"kappa is a range [low, high] of guidance, as in kappa: [0.5, 4.0], not {list(self.kappa)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share of prompts in [0, 1), not {self.dropout}")
 
-    @property
-    def needs(self) -> Needs:
-        return Needs(roles=("critic",))
-
-    def round(self, step: int) -> list[Turn]:
-        return [Turn("critic", self.critic_loss)] * self.critic_turns + [Turn("student", self.student_loss)]
-
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """sigma^2 (eps_teacher - eps_critic) = alpha sigma (x0_critic - x0_teacher): alpha sigma times `diff_instruct`'s."""
-        x = simulate(nets, batch, rng).x0
-        t = Uniform(self.low, self.high).sample(len(x), rng)
+        x, x_t, t = self.noised(nets, batch, rng)
         teacher, critic = self.guided(nets, rng)
         with torch.no_grad():
-            x_t = nets.student.schedule.add_noise(x, rng.normal_like(x), t)
             real, fake = teacher(x_t, t, batch.cond), critic(x_t, t, batch.cond)
             direction = real.sigma.square() * (real.eps - fake.eps)
-        return Losses({"dm": push(x, direction)}, statistics(x, direction), x)
+        return Losses({"dm": push(x, direction)}, {"direction": size(direction)}, x)
 
     def guided(self, nets: Nets, rng: Stream) -> tuple[Denoiser | Guided, Denoiser | Guided]:
         """Teacher and critic under one guidance, on which all processes agree."""

@@ -1,0 +1,34 @@
+"""What every game of a critic and a student refuses before anything is loaded, and how its round goes."""
+
+import pytest
+
+from fewstep.objectives.base import objectives
+from fewstep.objectives.two_time_scale import TwoTimeScale
+
+GAMES = sorted(name for name, kind in objectives().items() if issubclass(kind, TwoTimeScale))
+
+
+@pytest.mark.parametrize("name", GAMES)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"low": 0.9, "high": 0.1}, "low < high"),
+        ({"high": 1.5}, "low < high"),
+        ({"critic_low": 1.0}, "low < high"),
+        ({"critic_turns": 0}, "critic_turns"),
+        ({"critic_turns": -1}, "critic_turns"),
+        ({"ida": 1.2}, "ida"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(name: str, wrong: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        objectives()[name](**wrong)
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_a_round_is_the_critics_turns_and_then_the_students(name: str) -> None:
+    game = objectives()[name](critic_turns=3, ida=0.75)
+    turns = game.round(0)
+    assert [turn.player for turn in turns] == ["critic"] * 3 + ["student"]
+    assert [dict(turn.followers) for turn in turns] == [{}] * 3 + [{"critic": 0.25}]
+    assert {name for turn in turns for name in turn.movers} == {"student", *game.needs.roles}, "what is asked for is trained"
