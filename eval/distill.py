@@ -1,8 +1,9 @@
 """Trains and judges configs over several seeds: `python eval/distill.py CONFIG ... [--seeds 0 1 2] [--protocol sprites]`.
 
-Writes eval/results/NAME.json: the rows of every seed (teacher rows once), and NAME.summary.json: teacher, training seconds,
-peak memory, passes a round, and for each step count the mean, the standard deviation and the worst of the student's Frechet
-distance. Runs lie in runs/NAME-seedN and are resumed, not repeated. Then `python eval/leaderboard.py` renders what is there.
+Writes eval/results/NAME.json: the rows of every seed (teacher rows once), and NAME.summary.json: teacher, training seconds
+(on the wall, and of processors), peak memory, passes a round, and for each step count the mean, the standard deviation and the
+worst of the student's Frechet distance. Runs lie in runs/NAME-seedN and are resumed, not repeated. Then
+`python eval/leaderboard.py` renders what is there.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def costs(logs: list[list[dict[str, Any]]]) -> dict[str, Any]:
             made.setdefault(name.removeprefix("passes/"), []).append(value)
     return {
         "train_seconds": [most(log, "seconds") for log in logs],
+        "train_cpu_seconds": [most(log, "cpu_seconds") for log in logs],
         "peak_gb": [most(log, "peak_gb") for log in logs],
         "passes": {name: statistics.mean(values) for name, values in made.items()} or None,
     }

@@ -18,8 +18,22 @@ import yaml
 from fewstep.evaluation import results
 
 HERE = Path(__file__).parent
-COLUMNS = ("method", "steps", "teacher", "seeds", "FD", "CLIP", "accuracy", "coverage", "train s", "peak GB", "passes a round")
+COLUMNS = (
+    "method",
+    "steps",
+    "teacher",
+    "seeds",
+    "FD",
+    "CLIP",
+    "accuracy",
+    "coverage",
+    "train s",
+    "CPU s",
+    "peak GB",
+    "passes a round",
+)
 MEASURES = {"fd": ".1f", "clip": ".1f", "accuracy": ".3f", "coverage": ".3f"}
+COSTS = {"train_seconds": ".0f", "train_cpu_seconds": ".0f", "peak_gb": ".2f"}
 HEAD = """# Leaderboard
 
 Made by `python eval/leaderboard.py` from `eval/results/`; do not edit. Lower FD is better; a dash was not recorded. Numbers are
@@ -54,14 +68,14 @@ def _rows(name: str, rows: list[dict[str, Any]], teacher: str | None, cost: Mapp
     for model, steps in dict.fromkeys((r["model"], r["steps"]) for r in rows):
         mine = [r for r in rows if (r["model"], r["steps"]) == (model, steps)]
         student = model == "student"
-        spent = [_mean(cost.get(key), form) for key, form in (("train_seconds", ".0f"), ("peak_gb", ".2f"))] + [_passes(cost)]
+        spent = [_mean(cost.get(key), form) for key, form in COSTS.items()] + [_passes(cost)]
         cells = [
             name if student else model,
             str(steps),
             teacher or "-",
             str(len({r["seed"] for r in mine if "seed" in r}) or "-"),
             *(_mean([r[key] for r in mine if r.get(key) is not None], form) for key, form in MEASURES.items()),
-            *(spent if student else ["-"] * 3),
+            *(spent if student else ["-"] * (len(COSTS) + 1)),
         ]
         found.append((int(student), cells))
     return found

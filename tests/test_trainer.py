@@ -91,7 +91,7 @@ def same(a, b):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_gb")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "cpu_seconds", "peak_gb")} for line in lines]
 
 
 @dataclass(frozen=True)

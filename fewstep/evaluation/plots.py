@@ -10,7 +10,7 @@ _INK = "#808890"  # in the middle: seen on white and on near-black
 _COLOURS = {"teacher": "#e0862d", "student": "#2f7fd1"}
 _MORE = ("#2f7fd1", "#2aa198", "#b0529a", "#7a8f2a", "#c94f4f", "#6b6fd0")
 _X = ("round", "step")
-_NOT_CURVES = {"round", "step", "time", "seconds", "epoch", "lr"}
+_NOT_CURVES = {"round", "step", "time", "seconds", "cpu_seconds", "epoch", "lr"}
 _MOST_PANELS = 8
 
 

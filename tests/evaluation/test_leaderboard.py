@@ -46,7 +46,8 @@ def test_the_command_runs_on_the_committed_results_and_the_committed_page_is_up_
 
 
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
-    costs = {"train_seconds": [10.0, 14.0], "peak_gb": [1.0, 2.0], "passes": {"student": 6.0, "student_backward": 1.0}}
+    costs = {"train_seconds": [10.0, 14.0], "train_cpu_seconds": [5.0, 7.0], "peak_gb": [1.0, 2.0]}
+    costs["passes"] = {"student": 6.0, "student_backward": 1.0}
     rows = [student(10.0, 0, accuracy=0.5, coverage=0.25, clip=30.0), student(14.0, 1, accuracy=0.5, coverage=0.25, clip=30.0)]
     written(tmp_path, "a", rows, teacher="zoo:x", **costs)
     (row,) = lines(leaderboard.render(tmp_path))
@@ -60,6 +61,7 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
         "accuracy": "0.500 ± 0.000",
         "coverage": "0.250 ± 0.000",
         "train s": "12 ± 3",
+        "CPU s": "6 ± 1",
         "peak GB": "1.50 ± 0.71",
         "passes a round": "student 6 (1)",
     }
@@ -82,12 +84,13 @@ def test_teachers_stand_once_and_first_then_students_by_steps_and_distance(tmp_p
 
 def test_what_a_run_logged_becomes_its_costs():
     log = [
-        {"round": 10, "seconds": 5.0, "peak_gb": 1.5, "passes/student": 6.0, "passes/student_backward": 1.0},
-        {"round": 20, "seconds": 9.0, "peak_gb": 1.6, "passes/student": 8.0, "passes/student_backward": 1.0},
+        {"round": 10, "seconds": 5.0, "cpu_seconds": 4.0, "peak_gb": 1.5, "passes/student": 6.0, "passes/student_backward": 1.0},
+        {"round": 20, "seconds": 9.0, "cpu_seconds": 7.0, "peak_gb": 1.6, "passes/student": 8.0, "passes/student_backward": 1.0},
         {"round": 20, "pictures/contrast": 0.9},  # a preview's, without any of it
     ]
     assert distill.costs([log, [{"round": 1}]]) == {
         "train_seconds": [9.0, None],
+        "train_cpu_seconds": [7.0, None],
         "peak_gb": [1.6, None],
         "passes": {"student": 7.0, "student_backward": 1.0},
     }
