@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fewstep import api
 from fewstep.config import load
 from fewstep.evaluation import results
 from fewstep.judging import evaluate, table
+from fewstep.stages import traces
 
 
 def distil(config: Path, seed: int, protocol: str, rounds: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -28,9 +30,18 @@ def distil(config: Path, seed: int, protocol: str, rounds: int | None) -> tuple[
     extra = [f"train.rounds={rounds}"] if rounds else []
     settings = load(config, [f"train.seed={seed}", *extra])
     run = api.train(settings, folder, resume=(folder / "config.yaml").exists())
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = list(chain(folder))
     found, _ = evaluate(run.folder, protocol, out=folder / "results.json", steps=[], fresh=False, teacher=True)
     return found, log
+
+
+def chain(folder: Path) -> Iterator[dict[str, Any]]:
+    """What a run logged, stage after stage; seconds count from the beginning of the first."""
+    before = {"seconds": 0.0, "cpu_seconds": 0.0}
+    for part in traces(folder).values():
+        log = [json.loads(line) for line in (part / "metrics.jsonl").read_text().splitlines()]
+        yield from ({**r, **{k: v + r[k] for k, v in before.items() if r.get(k) is not None}} for r in log)
+        before = {k: v + max((r[k] for r in log if r.get(k) is not None), default=0.0) for k, v in before.items()}
 
 
 def costs(logs: list[list[dict[str, Any]]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from fewstep import checkpoint
 from fewstep.adapters import Teacher, load_teacher
-from fewstep.config import ATTENTION, Config, differences, parse, stepped
-from fewstep.config import load as load_config
+from fewstep.config import ATTENTION, Config, parse
 from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.experts import PhasedExperts, along
@@ -25,16 +23,15 @@ from fewstep.heads import Discriminator
 from fewstep.networks import Role, build, gather, heads_role, set_weights
 from fewstep.objectives import Nets
 from fewstep.pixels import looking, pixels_role
+from fewstep.plain import stepped
 from fewstep.preview import Preview
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
+from fewstep.stages import Stage, check_folder, find, stages_of, store
 from fewstep.stream import rows
 from fewstep.trainer import Job, fit, make_accelerator
 
 Part = str | Mapping[str, Any]  # the name that a part of a config turns on, or the whole part
-
-# What may change when a run goes on: how long it is and how often it reports.
-RESUMABLE = ("train.rounds", "train.log_every", "train.save_every", "train.preview_every")
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,10 @@ class Study:
         wanted = self.config.teacher.guidance
         return self.teacher.guidance if wanted is None or self.teacher.family.embedded else wanted
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.teacher.net.parameters()).device
+
     @cached_property
     def null(self) -> Cond:
         """The condition for "no prompt", on the CPU."""
@@ -59,8 +60,7 @@ class Study:
 
     def guided(self, net: nn.Module) -> Denoiser | Guided:
         """A role (possibly wrapped) as the guided teacher."""
-        device = next(self.teacher.net.parameters()).device
-        return self.teacher.guided(net, self.guidance, self.null.to(device))
+        return self.teacher.guided(net, self.guidance, self.null.to(self.device))
 
     def player(self, net: nn.Module, grid: tuple[float, ...] = ()) -> Denoiser:
         """A role (possibly wrapped) as it is, deployed on a grid."""
@@ -81,6 +81,9 @@ class Study:
             taps, eyes = heads.taps_on(self.roles[heads.backbone].net), self.player(modules[heads.backbone])
             judge = Discriminator(looking(eyes, heads), taps, modules["heads"])
         student, teacher = self.student(modules["student"]), self.guided(modules["teacher"])
+        if "previous" in modules:  # guided already by what taught it, or fed its scale
+            teacher = self.player(modules["previous"])
+            teacher = teacher if teacher.guidance is not None else Guided(teacher, 1.0, self.null.to(self.device))
         average = self.player(modules["average"]) if "average" in modules else None
         return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge, average)
 
@@ -120,8 +123,7 @@ def open_study(config: Config) -> Study:
     """Loads the teacher and makes the roles. Raises ValueError for what cannot work, before any training."""
     teacher = load_teacher(config.teacher.path, size=config.teacher.size, guidance=config.teacher.guidance)
     objective, family = config.objective, teacher.family
-    sampler = objective.sampler or next(iter(family.samplers))
-    grid = teacher.deployed_grid(objective.steps, sampler)
+    sampler, grid = _deployed(teacher, config)
     backend = ATTENTION[config.train.attention]
     if backend != "native":
         try:
@@ -141,6 +143,12 @@ def open_study(config: Config) -> Study:
         roles |= pixels_role(objective.needs.heads, partial(family.decode, teacher.pipe), getattr(teacher.pipe, "vae", None))
         roles["heads"] = heads_role(roles, objective.needs.heads, config.train.seed)
     return Study(config, teacher, roles, sampler, grid)
+
+
+def _deployed(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]:
+    """(sampler, grid) of the student. Raises ValueError where no stock pipeline would step so."""
+    sampler = config.objective.sampler or next(iter(teacher.family.samplers))
+    return sampler, teacher.deployed_grid(config.objective.steps, sampler)
 
 
 @torch.no_grad()
@@ -168,23 +176,20 @@ def generate(
 
 def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
     """Trains a config into a run folder. Raises ValueError where the folder holds another run, or resume would change it."""
-    stored = folder / "config.yaml"
-    if stored.exists() and not resume:
-        raise ValueError(f"{folder} already holds a run; add --resume to go on with it, or name another folder with --out")
-    if folder.exists() and any(folder.iterdir()) and not stored.exists():
-        raise ValueError(f"{folder} holds other files and no run; name an empty folder with --out")
-    if resume:
-        if not stored.exists():
-            raise ValueError(f"there is no run at {folder} to resume; leave --resume away to start one")
-        changed = differences(load_config(stored), config, RESUMABLE)
-        if changed:
-            raise ValueError(
-                f"the run at {folder} was made with another {changed[0]}; resume with its own config.yaml, or name another --out"
-            )
-        if newest := checkpoint.latest(folder / "checkpoints"):
-            checkpoint.inspect(newest)  # before anything is loaded or written
+    check_folder(config, folder, resume)
+    *earlier, last = stages_of(config, folder)
+    for stage in (*(part for part in earlier if not part.finished), last):
+        _train_stage(config, stage, folder, resume=resume)
+    return Run(folder)
+
+
+def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> None:
+    config = stage.config
     accelerator = make_accelerator(config.train, partly=config.phases > 1)
     study = open_study(config)
+    for part in whole.stages:
+        _deployed(study.teacher, part)  # refused now, not when its turn comes
+    stage.begin(study.roles)
     study.teacher.net.to(accelerator.device)
     source = open_source(
         study.teacher,
@@ -197,33 +202,29 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
     )
     study.encoded(painting=accelerator.is_main_process)
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder.with_name(f".{folder.name}.config.yaml")  # beside it: a kill leaves a folder that is empty, or a run
-        scratch.write_text(config.dump())
-        os.replace(scratch, stored)
+        store(whole, folder)
     identity = {"grid": list(study.grid), "sampler": study.sampler}
-    preview = study.preview(source.cond[:8], folder / "grids")
+    preview = study.preview(source.cond[:8], stage.folder / "grids")
     fit(
-        Job(config.objective, study.roles, study.nets, source, config.train, folder, identity, preview),
+        Job(config.objective, study.roles, study.nets, source, stage.settings, stage.folder, identity, preview),
         resume=resume,
         accelerator=accelerator,
     )
-    return Run(folder)
 
 
 class Run:
-    """A finished (or interrupted) run folder: what can be drawn, exported and judged from it."""
+    """A finished (or interrupted) run folder, or one stage of it: what can be drawn, exported and judged from it.
+
+    The student of a run of stages is the last stage's, its teacher the one on the path."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "config.yaml").exists():
-            raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
-        self.config = load_config(self.folder / "config.yaml")
+        self.config, self.last = find(self.folder)
 
     @cached_property
     def place(self) -> Path:
         """The newest checkpoint."""
-        found = checkpoint.latest(self.folder / "checkpoints")
+        found = self.last.place
         if found is None:
             raise ValueError(f"the run at {self.folder} has no checkpoint yet; `fewstep train ... --resume` goes on with it")
         return found
@@ -235,7 +236,7 @@ class Run:
 
     @cached_property
     def study(self) -> Study:
-        study = open_study(self.config)
+        study = open_study(self.config.judged())
         set_weights(study.roles["student"], self.weights)
         return study
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
+from fewstep.embedders import END
 from fewstep.networks import Full, Lora, expert_names
-from fewstep.objectives import Objective, objectives
+from fewstep.objectives import Objective
+from fewstep.plain import check_keys, check_objective, first_fault, made, name_of, override, staged, told
 from fewstep.trainer import Settings
 
 
@@ -22,11 +23,13 @@ class _Strict(BaseModel):
 
 class TeacherConfig(_Strict):
     """path: zoo:NAME, a Diffusers folder or a hub id. guidance: scale u + g (c - u), 1 is none; None: the family's default.
-    size: ([frames,] height, width) in pixels; None: the teacher's own."""
+    size: ([frames,] height, width) in pixels; None: the teacher's own. net: original or, in a stage, previous: who teaches is the
+    student of the stage before, not guided any further; the teacher that students are held against is the path's all the same."""
 
     path: str
     guidance: float | None = None
     size: tuple[int, ...] | None = None
+    net: Literal["original", "previous"] = "original"
 
 
 class WeightsConfig(_Strict):
@@ -59,7 +62,7 @@ class DataConfig(_Strict):
 
 
 class Config(_Strict):
-    """A whole run."""
+    """A whole run. stages: of a run of several, each of them whole, in order; the other settings are then those of the last."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -69,6 +72,7 @@ class Config(_Strict):
     objective: Any
     data: DataConfig
     train: Settings = Settings()
+    stages: tuple[Config, ...] = ()
 
     def student_kind(self) -> Full | Lora:
         """How the student is trained, with the inputs that the objective gives its network."""
@@ -85,65 +89,30 @@ class Config(_Strict):
         wanted = dict.fromkeys(expert_names(self.phases), self.student_kind())
         if self.objective.needs.average is not None:
             wanted["average"] = self.student_kind()
+        if self.teacher.net == "previous":
+            wanted["previous"] = self.student_kind()
         return wanted | ({"critic": self.critic.kind()} if "critic" in self.objective.needs.roles else {})
+
+    def judged(self) -> Config:
+        """What the student is judged as: beside the teacher on the path, whoever taught it."""
+        return self.model_copy(update={"teacher": self.teacher.model_copy(update={"net": "original"})})
 
     @field_validator("objective", mode="before")
     @classmethod
     def _objective(cls, value: Any) -> Objective:
-        return value if isinstance(value, Objective) else _made(value)
+        return value if isinstance(value, Objective) else made(value)
 
     @field_serializer("objective")
     def _fields(self, value: Objective) -> dict[str, Any]:
-        return _told(value)
+        return told(value)
+
+    @field_serializer("stages")
+    def _each(self, value: tuple[Config, ...]) -> list[dict[str, Any]]:
+        return [stage.model_dump(mode="json", exclude={"stages"}) for stage in value]
 
     def dump(self) -> str:
         """The complete YAML, defaults written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def _made(tree: Mapping[str, Any]) -> Objective:
-    """The objective that checked plain data name; one that wraps another holds it as a field."""
-    values = {k: v for k, v in tree.items() if k != "name"}
-    if "inner" in values:
-        try:
-            values["inner"] = _made(values["inner"])
-        except ValueError as error:
-            raise ValueError(f"inner: {error}") from error
-    try:
-        return TypeAdapter(objectives()[tree["name"]]).validate_python(values)
-    except ValidationError as error:  # nested, its message would be a paragraph
-        raise ValueError(_first(error)) from error
-
-
-def _told(objective: Objective) -> dict[str, Any]:
-    """The plain data that `_made` makes an objective of."""
-    values = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}  # type: ignore[arg-type]
-    return {"name": name_of(objective), **{k: _told(v) if isinstance(v, Objective) else v for k, v in values.items()}}
-
-
-def _check_objective(tree: Any, where: str) -> None:
-    """Raises ValueError for plain data that name no objective, or options it has not."""
-    known = objectives()
-    if not isinstance(tree, Mapping) or "name" not in tree:
-        raise ValueError(f"{where} needs a name, one of: {', '.join(known)}")
-    if tree["name"] not in known:
-        raise ValueError(
-            f"{where}.name: {tree['name']!r} is not known{_hint(str(tree['name']), known)}; there are: {', '.join(known)}"
-        )
-    check_keys(tree, ["name", *(f.name for f in dataclasses.fields(known[tree["name"]]))], where)  # type: ignore[arg-type]
-    if "inner" in tree:
-        _check_objective(tree["inner"], f"{where}.inner")
-
-
-def stepped(chosen: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The objective with its number of steps, which a wrapper leaves to what it wraps."""
-    inner = chosen.get("inner")
-    return {"steps": steps, **chosen} if inner is None else {**chosen, "inner": stepped(inner, steps)}
-
-
-def name_of(objective: Objective) -> str:
-    """The registered name of an objective."""
-    return next(name for name, kind in objectives().items() if type(objective) is kind)
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -162,33 +131,31 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return parse(tree)
 
 
-def override(tree: dict[str, Any], text: str) -> None:
-    """Applies one `a.b=value` to a tree; the value is read as YAML."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set wants KEY=VALUE, as in --set train.rounds=100, not {text!r}")
-    *path, leaf = key.strip().split(".")
-    for name in path:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"--set {text}: {name} holds a value, not further settings")
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {text}: the value is not YAML; put it in quotes") from error
-
-
 def parse(tree: Mapping[str, Any]) -> Config:
     """A config from plain data. Raises ValueError naming the first unknown, missing or wrong setting and a remedy."""
+    parts = [name for name in Config.model_fields if name != "stages"]
     check_keys(tree, Config.model_fields, "")
+    if not tree.get("stages"):
+        return _parsed({k: v for k, v in tree.items() if k != "stages"}, None)
+    found: list[Config] = []
+    for i, stage in enumerate(staged(tree, parts), 1):
+        try:
+            found.append(_parsed(stage, found[-1] if found else None))
+        except ValueError as error:
+            raise ValueError(f"stages.{i}: {error}") from error
+    return found[-1].model_copy(update={"stages": tuple(found)})
+
+
+def _parsed(tree: Mapping[str, Any], before: Config | None) -> Config:
+    """One config, or one stage of it and the one before."""
     for part, kind in (("teacher", TeacherConfig), ("student", StudentConfig), ("critic", WeightsConfig), ("data", DataConfig)):
         check_keys(tree.get(part, {}), kind.model_fields, part)
     check_keys(tree.get("train", {}), [f.name for f in dataclasses.fields(Settings)], "train")
-    _check_objective(tree.get("objective"), "objective")
+    check_objective(tree.get("objective"), "objective")
     try:
         config = Config.model_validate(dict(tree))
     except ValidationError as error:
-        raise ValueError(_first(error)) from error
+        raise ValueError(first_fault(error)) from error
     if (config.data.prompts is None) == (config.data.images is None):
         raise ValueError("data needs exactly one of prompts and images, as in data: {prompts: zoo:sprites}")
     if config.data.pairs and config.data.images is not None:
@@ -237,31 +204,37 @@ def parse(tree: Mapping[str, Any]) -> Config:
             f"objective {name} needs images: add data.images (a folder, or zoo:sprites) in place of data.prompts, "
             "or data.pairs beside them"
         )
+    _check_start(config, before)
     return config
 
 
-def _first(error: ValidationError) -> str:
-    """The first thing that pydantic objects to, as one sentence with its dotted place."""
-    first = error.errors()[0]
-    where = ".".join(str(x) for x in first["loc"])
-    said = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {said}" if where else said
-
-
-def check_keys(tree: Any, known: Any, where: str) -> None:
-    """Raises ValueError for a key that is not known, with the nearest known one."""
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"{where or 'the config'} must hold settings, not {tree!r}")
-    for key in tree:
-        if key not in known:
-            raise ValueError(
-                f"{where + '.' if where else ''}{key}: unknown option{_hint(str(key), known)}; known: {', '.join(known)}"
-            )
-
-
-def _hint(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _check_start(config: Config, before: Config | None) -> None:
+    """Raises ValueError where a student cannot start from the one of the stage before, or not be taught by it."""
+    taught, kind = config.teacher.net == "previous", config.student_kind()
+    if before is None:
+        if taught:
+            raise ValueError("teacher: there is no stage before this one whose student could teach it; leave `previous` away")
+        return
+    old = before.student_kind()
+    if (config.teacher.path, config.teacher.size) != (before.teacher.path, before.teacher.size):
+        raise ValueError("teacher: the stages of a run share one path and one size; write them once, above the stages")
+    if isinstance(kind, Lora) and kind != old:
+        raise ValueError(
+            "student: a LoRA starts from a LoRA of the same rank and alpha; "
+            "write the same student in the stage before, or student: {weights: full} in this one"
+        )
+    has, had = (k.inputs if isinstance(k, Full) else () for k in (kind, old))
+    if lost := sorted({*had} - {*has}):
+        raise ValueError(f"objective: the student of the stage before takes the {lost[0]}, which this objective does not tell it")
+    if before.phases not in (1, config.phases):
+        raise ValueError(
+            f"student.phases: {config.phases} cannot start from the {before.phases} of the stage before; set the same"
+        )
+    if taught and (config.phases > 1 or had != has or END in has):
+        raise ValueError(
+            "teacher: only a student of one network that takes what this one takes, and no end of its jump, can teach it; "
+            "leave `previous` away"
+        )
 
 
 def differences(old: Config, new: Config, free: Sequence[str] = ()) -> list[str]:

@@ -18,6 +18,7 @@ from fewstep.evaluation import images as folders
 from fewstep.evaluation import latency, results
 from fewstep.evaluation.protocol import Protocol, describe, floor, judge, load_prompts, load_protocol
 from fewstep.evaluation.report import write_report
+from fewstep.stages import is_run, traces
 from fewstep.zoo import HERE
 
 TEACHER_STEPS = (50, 1, 2, 4)
@@ -53,7 +54,7 @@ def evaluate(
 def _rows(
     target: Path, protocol: Protocol, steps: list[int], teacher: bool, said: dict[str, Any] | None
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    if (target / "config.yaml").exists():
+    if is_run(target):
         run = Run(target)
         lines = [_student(run, n, protocol) for n in (steps or run.study.steps())]
         if not teacher:
@@ -133,9 +134,10 @@ def report_runs(runs: list[Path], out: Path) -> Path:
         if not (folder / CARD).exists():
             raise ValueError(f"{folder} has no {CARD}; `fewstep eval {folder} --protocol sprites` makes it")
         found.append(results.read(folder / CARD))
-        pages = sorted((folder / "grids").glob("*.png"))
-        grids += [(f"{folder.name}: {page.stem}", page) for page in pages[-1:]]
-        log = folder / "metrics.jsonl"
-        if log.exists():
-            curves[folder.name] = [json.loads(line) for line in log.read_text().splitlines()]
+        for name, part in traces(folder).items():
+            pages = sorted((part / "grids").glob("*.png"))
+            grids += [(f"{name}: {page.stem}", page) for page in pages[-1:]]
+            log = part / "metrics.jsonl"
+            if log.exists():
+                curves[name] = [json.loads(line) for line in log.read_text().splitlines()]
     return write_report(out, results=found, grids=grids, curves=curves)

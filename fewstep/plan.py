@@ -18,7 +18,11 @@ from fewstep.pixels import pixels_role
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """Deploy grid, roles, parameters, memory and disk of a run. Raises ValueError for what could not work."""
+    """Deploy grid, roles, parameters, memory and disk of a run. Raises ValueError for what could not work.
+
+    Of a run of stages: what its last one is, the most memory of any, the disk of all, and each of them under `stages`."""
+    if config.stages:
+        return _of_stages(config)
     folder = teacher_folder(config.teacher.path)
     if folder is None:
         raise ValueError(
@@ -43,12 +47,13 @@ def plan(config: Config) -> dict[str, Any]:
         roles |= pixels_role(config.objective.needs.heads, lambda x: x, None)  # the one network that is loaded, as small as it is
         with torch.device("meta"):
             roles["heads"] = heads_role(roles, config.objective.needs.heads, config.train.seed)
-    frozen = ("teacher", "average", "pixels")
+    frozen = ("teacher", "average", "previous", "pixels")
     trained = {k: sum(p.numel() for p in role.parameters()) for k, role in roles.items() if k not in frozen}
     width = 2 if config.train.dtype == "bfloat16" else 4
     # weights float32 + gradient + two Adam moments for what is trained, the average for the student, the frozen base once
     averages = 4 * trained["student"] * (1 + ("average" in roles))
-    memory = base * width + sum(16 * n for n in trained.values()) + averages + 4 * trained["student"] * ("average" in roles)
+    copies = 4 * trained["student"] * (("average" in roles) + ("previous" in roles))
+    memory = base * width + sum(16 * n for n in trained.values()) + averages + copies
     disk = sum(12 * n for n in trained.values()) + averages
     return {
         "teacher": f"{config.teacher.path} ({name}, {base / 1e6:.2f} M parameters)",
@@ -57,6 +62,18 @@ def plan(config: Config) -> dict[str, Any]:
         "trained parameters": trained,
         "memory, weights (MiB)": round(memory / 2**20, 1),
         "disk, a checkpoint (MiB)": round(disk / 2**20, 1),
+        "settings": config.model_dump(mode="json"),
+    }
+
+
+def _of_stages(config: Config) -> dict[str, Any]:
+    each = [plan(stage) for stage in config.stages]
+    memory, disk = "memory, weights (MiB)", "disk, a checkpoint (MiB)"
+    own = ("sampler", "grid (network times)", "trained parameters", memory, disk)
+    return each[-1] | {
+        memory: max(found[memory] for found in each),
+        disk: round(sum(found[disk] for found in each), 1),
+        "stages": {f"stage-{i}": {key: found[key] for key in own} for i, found in enumerate(each, 1)},
         "settings": config.model_dump(mode="json"),
     }
 

@@ -9,11 +9,12 @@ import torch
 import yaml
 from tiny import MAKERS, save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
 
-from fewstep.config import Config, differences, load, override, parse
+from fewstep.config import Config, differences, load, parse
 from fewstep.folders import teacher_folder
 from fewstep.networks import Full, Lora
 from fewstep.objectives import objectives
 from fewstep.objectives.dmd import DMD
+from fewstep.plain import override
 from fewstep.plan import plan
 from fewstep.trainer import Settings
 

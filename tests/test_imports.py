@@ -66,12 +66,18 @@ MAY_IMPORT = {
     "zoo.build": DENOISER | PARTS | SIDE_DOORS | {"zoo", "zoo.teachers", "evaluation"},
     "pixels": {"denoiser", "evaluation", "heads", "networks"},
     # where all is joined
-    "config": DENOISER | PARTS | {"objectives", "networks", "trainer"},
-    "api": DENOISER | PARTS | SIDE_DOORS | LOOP | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "preview"},
+    "plain": {"objectives"},
+    "config": DENOISER | PARTS | {"objectives", "networks", "trainer", "plain", "embedders"},
+    "stages": {"checkpoint", "config", "experts", "loraformat", "networks", "trainer"},
+    "api": DENOISER
+    | PARTS
+    | SIDE_DOORS
+    | LOOP
+    | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "plain", "preview", "stages"},
     # what the commands do
     "plan": SIDE_DOORS | {"config", "pixels"},
     "drawing": {"api", "data", "evaluation"},
-    "judging": {"api", "adapters", "data", "denoiser", "evaluation", "zoo"},
+    "judging": {"api", "adapters", "data", "denoiser", "evaluation", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),
     "demo": {"api", "config", "judging", "verify"},

@@ -1,0 +1,131 @@
+"""Configs as plain data: objectives to and from it, overrides, stages merged, unknown keys refused with the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from fewstep.objectives import Objective, objectives
+
+
+def made(tree: Mapping[str, Any]) -> Objective:
+    """The objective that checked plain data name; one that wraps another holds it as a field."""
+    values = {k: v for k, v in tree.items() if k != "name"}
+    if "inner" in values:
+        try:
+            values["inner"] = made(values["inner"])
+        except ValueError as error:
+            raise ValueError(f"inner: {error}") from error
+    try:
+        return TypeAdapter(objectives()[tree["name"]]).validate_python(values)
+    except ValidationError as error:  # nested, its message would be a paragraph
+        raise ValueError(first_fault(error)) from error
+
+
+def told(objective: Objective) -> dict[str, Any]:
+    """The plain data that `made` makes an objective of."""
+    values = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}  # type: ignore[arg-type]
+    return {"name": name_of(objective), **{k: told(v) if isinstance(v, Objective) else v for k, v in values.items()}}
+
+
+def check_objective(tree: Any, where: str) -> None:
+    """Raises ValueError for plain data that name no objective, or options it has not."""
+    known = objectives()
+    if not isinstance(tree, Mapping) or "name" not in tree:
+        raise ValueError(f"{where} needs a name, one of: {', '.join(known)}")
+    if tree["name"] not in known:
+        raise ValueError(
+            f"{where}.name: {tree['name']!r} is not known{hint(str(tree['name']), known)}; there are: {', '.join(known)}"
+        )
+    check_keys(tree, ["name", *(f.name for f in dataclasses.fields(known[tree["name"]]))], where)  # type: ignore[arg-type]
+    if "inner" in tree:
+        check_objective(tree["inner"], f"{where}.inner")
+
+
+def stepped(chosen: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The objective with its number of steps, which a wrapper leaves to what it wraps."""
+    inner = chosen.get("inner")
+    return {"steps": steps, **chosen} if inner is None else {**chosen, "inner": stepped(inner, steps)}
+
+
+def name_of(objective: Objective) -> str:
+    """The registered name of an objective."""
+    return next(name for name, kind in objectives().items() if type(objective) is kind)
+
+
+def override(tree: dict[str, Any], text: str) -> None:
+    """Applies one `a.b=value` to a tree, in each of its stages too; `stages.2.a.b=value` in the second alone. YAML values."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set wants KEY=VALUE, as in --set train.rounds=100, not {text!r}")
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text}: the value is not YAML; put it in quotes") from error
+    path, stages = key.strip().split("."), tree.get("stages") or []
+    if path[0] == "stages":
+        if len(path) < 3 or not path[1].isdigit() or not 1 <= int(path[1]) <= len(stages):
+            raise ValueError(f"--set {text}: there is no such stage; stages.1.train.rounds=100 is for the first of {len(stages)}")
+        places, path = [stages[int(path[1]) - 1]], path[2:]
+    else:  # a stage that says nothing of its own of this part has the common one
+        places = [tree, *(stage for stage in stages if isinstance(stage, dict) and isinstance(stage.get(path[0]), dict))]
+    for place in places:
+        for name in path[:-1]:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {text}: {name} holds a value, not further settings")
+        place[path[-1]] = read
+
+
+def staged(tree: Mapping[str, Any], known: Collection[str]) -> list[dict[str, Any]]:
+    """The whole tree of each stage: what it says of its own over what is said once for all. known: the parts of a config.
+
+    Settings are merged one by one, but an objective with a name, or data with a source, stands for itself. `teacher: previous` is
+    short for {net: previous}. Raises ValueError for stages that are no settings, or parts that are not known."""
+    if not isinstance(tree["stages"], list | tuple):
+        raise ValueError("stages must be a list of settings, as in stages: [{objective: {segments: 4}}, {teacher: previous}]")
+    common, found = {k: v for k, v in tree.items() if k != "stages"}, []
+    for i, own in enumerate(tree["stages"], 1):
+        check_keys(own, known, f"stages.{i}")
+        own = {**own, **({"teacher": {"net": "previous"}} if own.get("teacher") == "previous" else {})}
+        found.append(_over(common, own))
+    return found
+
+
+def _over(below: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over what lies below it."""
+    out = dict(below)
+    for key, value in own.items():
+        under = out.get(key)
+        parts = isinstance(value, Mapping) and isinstance(under, Mapping) and not value.keys() & {"name", "prompts", "images"}
+        out[key] = _over(under, value) if parts else value  # type: ignore[arg-type]
+    return out
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that pydantic objects to, as one sentence with its dotted place."""
+    first = error.errors()[0]
+    where = ".".join(str(x) for x in first["loc"])
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {said}" if where else said
+
+
+def check_keys(tree: Any, known: Any, where: str) -> None:
+    """Raises ValueError for a key that is not known, with the nearest known one."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{where or 'the config'} must hold settings, not {tree!r}")
+    for key in tree:
+        if key not in known:
+            raise ValueError(
+                f"{where + '.' if where else ''}{key}: unknown option{hint(str(key), known)}; known: {', '.join(known)}"
+            )
+
+
+def hint(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,163 @@
+"""Runs of several stages: where each lies, what a resumed run may still change, and how a student starts from the one before.
+
+RUN/config.yaml holds all stages; RUN/stage-1, RUN/stage-2, ... each a stage's checkpoints, metrics and grids. A run of one stage
+has these in RUN itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from fewstep import checkpoint
+from fewstep.config import Config, differences, load
+from fewstep.experts import PhasedExperts, apart
+from fewstep.loraformat import fold, merge
+from fewstep.networks import Lora, Role, set_weights
+from fewstep.trainer import Settings
+
+# What may change when a run goes on: how long it is and how often it reports.
+RESUMABLE = ("train.rounds", "train.log_every", "train.save_every", "train.preview_every")
+
+APART = 1_000_003  # between the seeds of stages: none sees the noise of another
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A fit of a run: its config, the folder it leaves its traces in, and the stage it goes on from."""
+
+    config: Config
+    folder: Path
+    before: Stage | None = None
+
+    @property
+    def place(self) -> Path | None:
+        """The newest checkpoint; None before the first."""
+        return checkpoint.latest(self.folder / "checkpoints")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the newest checkpoint is of the last round. Raises ValueError where it is damaged."""
+        place = self.place
+        return place is not None and checkpoint.inspect(place)["round"] >= self.config.train.rounds
+
+    @property
+    def settings(self) -> Settings:
+        """Of its training; a stage's random draws are its own, those of the first the run's."""
+        number, stage = 0, self
+        while stage.before is not None:
+            number, stage = number + 1, stage.before
+        return replace(self.config.train, seed=self.config.train.seed + number * APART)
+
+    def begin(self, roles: Mapping[str, Role | PhasedExperts]) -> None:
+        """Gives fresh roles the weights that the stage before left: its averaged student's to the student, and to who teaches it
+        where that is to be `previous`."""
+        if self.before is None:
+            return
+        assert self.before.place is not None, "stages are trained in order"
+        student, old = roles["student"], self.before.config
+        parts = apart(checkpoint.load(self.before.place)[0]["ema"], old.phases)
+        experts = student.experts if isinstance(student, PhasedExperts) else [student]
+        for k, role in enumerate(experts):
+            assert isinstance(role, Role)
+            set_weights(role, _as_its_own(role, parts[k % len(parts)], old))
+        if "previous" in roles:
+            set_weights(roles["previous"], student.weights())
+            roles["previous"].requires_grad_(False)
+
+
+def _as_its_own(role: Role, weights: Mapping[str, Tensor], old: Config) -> Mapping[str, Tensor]:
+    """The weights of an earlier student under the names of a role that computes the same: adapters are merged into full weights,
+    inputs that the student did not have keep the embedders that start at zero effect."""
+    if role.adapter is not None:
+        return weights
+    kind, own = old.student_kind(), role.weights()
+    if isinstance(kind, Lora):
+        merged = merge(role.net.state_dict(), fold(weights, kind.scale))
+        return {key: merged[key] for key in own}
+    return {**own, **weights}
+
+
+def stages_of(config: Config, folder: Path) -> list[Stage]:
+    """The stages of a run in their order."""
+    if not config.stages:
+        return [Stage(config, folder)]
+    found: list[Stage] = []
+    for i, part in enumerate(config.stages, 1):
+        found.append(Stage(part, folder / f"stage-{i}", found[-1] if found else None))
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run, or a stage of one."""
+    return _found(folder) is not None
+
+
+def find(folder: Path) -> tuple[Config, Stage]:
+    """The config of a run and its last stage; of a stage's folder, its own and itself. Raises ValueError for another folder."""
+    found = _found(folder)
+    if found is None:
+        raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
+    return found
+
+
+def traces(folder: Path) -> dict[str, Path]:
+    """Where metrics and grids of a run lie, by the name to show: one folder a stage, in order; any other folder is its own."""
+    found = _found(folder)
+    if found is None or not found[0].stages:
+        return {folder.name: folder}
+    return {f"{folder.name}/{stage.folder.name}": stage.folder for stage in stages_of(found[0], folder)}
+
+
+def _found(folder: Path) -> tuple[Config, Stage] | None:
+    if (folder / "config.yaml").exists():
+        config = load(folder / "config.yaml")
+        return config, stages_of(config, folder)[-1]
+    if folder.name.startswith("stage-") and (folder.parent / "config.yaml").exists():
+        parts = stages_of(load(folder.parent / "config.yaml"), folder.parent)
+        return next(((part.config, part) for part in parts if part.folder == folder), None)
+    return None
+
+
+def store(config: Config, folder: Path) -> None:
+    """Writes a run's config.yaml. A kill leaves a folder that is empty, or a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.config.yaml")  # beside it
+    scratch.write_text(config.dump())
+    os.replace(scratch, folder / "config.yaml")
+
+
+def check_folder(config: Config, folder: Path, resume: bool) -> None:
+    """Raises ValueError where a run cannot begin, or not go on, in a folder, before anything is loaded or written."""
+    stored = folder / "config.yaml"
+    if stored.exists() and not resume:
+        raise ValueError(f"{folder} already holds a run; add --resume to go on with it, or name another folder with --out")
+    if folder.exists() and any(folder.iterdir()) and not stored.exists():
+        raise ValueError(f"{folder} holds other files and no run; name an empty folder with --out")
+    if resume and not stored.exists():
+        raise ValueError(f"there is no run at {folder} to resume; leave --resume away to start one")
+    if resume:
+        _check_same(load(stored), config, folder)
+
+
+def _check_same(old: Config, new: Config, folder: Path) -> None:
+    """Raises ValueError where a run that goes on would not be the one that was begun, or its checkpoints are damaged.
+
+    A stage that has not begun may become another one; one that the next has begun from keeps its rounds."""
+    begun = [stage for stage in stages_of(old, folder) if stage.place is not None] or stages_of(old, folder)[:1]
+    coming = stages_of(new, folder)
+    for i, stage in enumerate(begun):
+        if i >= len(coming) or coming[i].folder != stage.folder:
+            raise ValueError(f"the run at {folder} has other stages; resume with its own config.yaml, or name another --out")
+        free = RESUMABLE if i == len(begun) - 1 else RESUMABLE[1:]
+        if changed := differences(stage.config, coming[i].config, free):
+            which = f"stages.{i + 1}." if new.stages else ""
+            raise ValueError(
+                f"the run at {folder} was made with another {which}{changed[0]}; "
+                "resume with its own config.yaml, or name another --out"
+            )
+        if stage.place is not None:
+            checkpoint.inspect(stage.place)
