@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +32,11 @@ class _Stand(nn.Module):
 
 
 class _Coder(_Stand):
-    """The autoencoder: nothing is drawn, whatever the pipeline asks for."""
+    """The autoencoder: nothing is drawn, whatever the pipeline asks for, and its statistics may be any."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return copy.deepcopy(value).to_empty(device="cpu") if isinstance(value, nn.Module) else value
 
     def decode(self, z: Tensor, **about: Any) -> DecoderOutput:
         return DecoderOutput(sample=z)

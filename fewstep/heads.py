@@ -61,23 +61,27 @@ class _Ending:
         return out
 
 
+TEXT_FIRST = ("Flux2Transformer2DModel", "Lumina2Transformer2DModel")  # with text and image in one sequence, in this order
+
+
 @dataclass(frozen=True)
 class Taps:
     """Blocks of a network and the number of channels of each; patch, channels: how it cuts an image into tokens; 0: in a way of
-    its own."""
+    its own; text_first: in one sequence of both the text comes first."""
 
     blocks: dict[str, nn.Module] = field(repr=False)
     widths: tuple[int, ...]
     patch: int = 1
     channels: int | None = None
+    text_first: bool = False
 
-    def read(self, found: Mapping[str, Any], x_t: Tensor) -> list[Tensor]:
+    def read(self, found: Mapping[str, Any], x_t: Tensor, cond: Cond) -> list[Tensor]:
         """What the blocks gave as maps (B, width, h, w) of x_t (B, C, H, W), at least float32; a video's
         frames (B, C, F, H, W) are one tall map."""
-        maps = [self._map(found[name], x_t) for name in self.blocks]
+        maps = [self._map(found[name], x_t, cond) for name in self.blocks]
         return [m if m.dtype == torch.float64 else m.float() for m in maps]
 
-    def _map(self, output: Any, x_t: Tensor) -> Tensor:
+    def _map(self, output: Any, x_t: Tensor, cond: Cond) -> Tensor:
         parts = [p for p in (output if isinstance(output, tuple) else (output,)) if isinstance(p, Tensor)]
         for part in parts:
             if part.ndim == x_t.ndim:
@@ -89,9 +93,14 @@ class Taps:
         *frames, height, width = x_t.shape[2:]
         h = math.prod(frames) * (height // (self.patch * packing))  # frames lie below one another
         w = width // (self.patch * packing)
-        # Streams of text and image come apart, or as one sequence with the image's tokens first.
+        # Streams of text and image come apart, or as one sequence.
         tokens = min((p for p in parts if p.ndim == 3 and p.shape[1] >= h * w), key=lambda p: p.shape[1])
-        return tokens[:, : h * w].transpose(1, 2).unflatten(2, (h, w))
+        places = torch.arange(h * w, device=tokens.device).expand(len(tokens), -1)
+        if self.text_first and tokens.shape[1] > h * w:  # behind each sample's own words
+            words = cond.tensors["prompt"]
+            lengths = cond.tensors["mask"].sum(1) if "mask" in cond.tensors else words.new_full((len(words),), words.shape[1])
+            places = places + lengths.to(places)[:, None]
+        return tokens.take_along_dim(places[..., None], 1).transpose(1, 2).unflatten(2, (h, w))
 
 
 def taps_of(net: Any, names: tuple[str, ...]) -> Taps:
@@ -109,7 +118,8 @@ def taps_of(net: Any, names: tuple[str, ...]) -> Taps:
         return Taps(blocks, tuple(widths), patch=0)
     config = net.config
     patch = config.get("patch_size") or config.get("all_patch_size", (1,))[0]
-    return Taps(blocks, tuple(widths), patch if isinstance(patch, int) else patch[-1], config.get("in_channels"))
+    patch = patch if isinstance(patch, int) else patch[-1]
+    return Taps(blocks, tuple(widths), patch, config.get("in_channels"), type(net).__name__ in TEXT_FIRST)
 
 
 def _width(name: str, block: nn.Module) -> int:
@@ -117,8 +127,9 @@ def _width(name: str, block: nn.Module) -> int:
     by_name: dict[str, Any] = {k.rpartition(".")[2]: m for k, m in block.named_modules()}
     if "conv2" in by_name:
         return by_name["conv2"].weight.shape[0]
-    if "to_q" in by_name:
-        return by_name["to_q"].weight.shape[1]
+    for reads in ("to_q", "to_qkv_mlp_proj"):
+        if reads in by_name:
+            return by_name[reads].weight.shape[1]
     raise ValueError(f"taps: the width of block {name!r} cannot be told; tap a whole residual or transformer block")
 
 
@@ -273,10 +284,10 @@ class Discriminator:
             ending = _Ending(self.denoiser.net, len(self.taps.blocks), found)
             with suppress(Enough):
                 replace(self.denoiser, net=ending)(x_t, t, cond)
-        return self.heads(self.taps.read(found, x_t))
+        return self.heads(self.taps.read(found, x_t, cond))
 
     def both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
         """The denoiser's own prediction and the logits, from one pass."""
         with tapped(self.taps.blocks, stop=False) as found:
             prediction = self.denoiser(x_t, t, cond)
-        return prediction, self.heads(self.taps.read(found, x_t))
+        return prediction, self.heads(self.taps.read(found, x_t, cond))

@@ -44,7 +44,7 @@ def main() -> None:
     facts = json.loads((args.export / "fewstep.json").read_text())
     pipe = load(args.export, args.base)
     call = facts["call"] | ({"num_inference_steps": args.steps} if args.steps else {})
-    pictures = pipe(args.prompt, generator=torch.Generator().manual_seed(args.seed), **call).images
+    pictures = pipe(prompt=args.prompt, generator=torch.Generator().manual_seed(args.seed), **call).images
     args.out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         picture.save(args.out / f"{i:03d}.png")

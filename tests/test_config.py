@@ -20,7 +20,16 @@ from fewstep.trainer import Settings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 RECIPES = [file for file in CONFIGS if file.parent.name == "recipes"]
-TWINS = {"sd15": "sd", "sdxl": "sdxl", "sd35": "sd3", "flux1": "flux", "sana": "sana", "qwen": "qwen", "wan21": "wan"}
+TWINS = {
+    "sd15": "sd",
+    "sdxl": "sdxl",
+    "sd35": "sd3",
+    "flux1": "flux",
+    "flux2": "klein",
+    "sana": "sana",
+    "qwen": "qwen",
+    "wan21": "wan",
+}
 
 
 def tree(**parts):

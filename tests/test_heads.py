@@ -5,8 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
+from tiny import tiny_ddpm_pipeline, tiny_flux2_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
 from torch import nn
+from toys import NOTHING
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.families import FAMILIES
@@ -186,5 +187,26 @@ def test_an_error_inside_a_block_comes_out_as_itself():
 
 def test_the_frames_of_a_video_are_one_tall_map():
     tokens = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(1, 3 * 4 * 2, 6)  # 3 frames of 4x2 tokens
-    (found,) = Taps({"block": torch.nn.Identity()}, (6,), patch=2).read({"block": tokens}, torch.zeros(1, 4, 3, 8, 4))
+    (found,) = Taps({"block": torch.nn.Identity()}, (6,), patch=2).read({"block": tokens}, torch.zeros(1, 4, 3, 8, 4), NOTHING)
     assert found.shape == (1, 6, 12, 2) and torch.equal(found[0, :, 7, 1], tokens[0, 15])
+
+
+@pytest.mark.parametrize("lengths", [None, (3, 1)])
+def test_the_image_behind_the_text_is_read_where_it_lies(lengths):
+    words, image = torch.zeros(2, 3, 6), torch.arange(2 * 4 * 6, dtype=torch.float32).view(2, 4, 6)
+    rows = [torch.cat([words[i, : n or 3], image[i], words[i, n or 3 :]]) for i, n in enumerate(lengths or (3, 3))]
+    cond = Cond({"prompt": words} | ({"mask": (torch.arange(3) < torch.tensor(lengths)[:, None]).float()} if lengths else {}))
+    taps = Taps({"block": torch.nn.Identity()}, (6,), text_first=True)
+    (found,) = taps.read({"block": torch.stack(rows)}, torch.zeros(2, 4, 2, 2), cond)
+    assert torch.equal(found.flatten(2).transpose(1, 2), image)
+
+
+def test_flux2s_image_is_what_its_last_layer_is_given():
+    known = FAMILIES["Flux2Pipeline"]
+    net, x, given = tiny_flux2_pipeline().transformer, torch.randn(2, 16, 2, 3), []
+    cond = Cond({"prompt": torch.randn(2, 5, 24), "guidance": torch.ones(2)})
+    net.norm_out.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    taps = taps_of(net, ("single_transformer_blocks.0",))
+    with torch.no_grad(), tapped(taps.blocks, stop=False) as found:
+        known.call(net, x, T.float(), cond)
+    assert torch.equal(taps.read(found, x, cond)[0].flatten(2).transpose(1, 2), given[0])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from toys import NOTHING
 
 from fewstep import api
 from fewstep.config import parse
@@ -59,7 +60,7 @@ def test_tokens_become_the_map_that_they_were():
         block.register_forward_hook(lambda module, args, out, name=name: found.__setitem__(name, out))
     x = torch.randn(2, 3, 4, 4)
     net(x)
-    as_map, as_tokens = taps.read(found, x)
+    as_map, as_tokens = taps.read(found, x, NOTHING)
     assert taps.widths == (10, 10) and torch.equal(as_map, as_tokens)
 
 

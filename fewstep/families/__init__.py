@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.families import attention, classes, flux, pixels, stable_diffusion, video
+from fewstep.families import attention, classes, flux, flux2, pixels, stable_diffusion, video
 from fewstep.families.base import Family, Setting, bare, make_scheduler, net_config, setting_of
 
 __all__ = ["FAMILIES", "Family", "Setting", "bare", "family_of", "make_scheduler", "net_config", "setting_of"]
@@ -12,6 +12,8 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusionXLPipeline": stable_diffusion.SDXL,
     "StableDiffusion3Pipeline": stable_diffusion.SD3,
     "FluxPipeline": flux.FLUX,
+    "Flux2Pipeline": flux2.FLUX2,
+    "Flux2KleinPipeline": flux2.KLEIN,
     "QwenImagePipeline": flux.QWEN,
     "ZImagePipeline": flux.ZIMAGE,
     "PixArtSigmaPipeline": attention.PIXART,
