@@ -90,8 +90,7 @@ def open_source(
 def _has_conditions(teacher: Teacher) -> bool:
     from fewstep.families import net_config
 
-    reads = any(k.startswith("text_encoder") and v is not None for k, v in teacher.pipe.components.items())
-    return reads or bool(net_config(teacher.net).get("num_class_embeds"))
+    return any(teacher.family.examples) or bool(net_config(teacher.net).get("num_class_embeds"))
 
 
 def _conds_key(texts: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
+from tiny import save, tiny_ddpm_pipeline, tiny_dit_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
 
 from fewstep.adapters import Teacher, load_teacher
 from fewstep.data import fingerprint, open_source
@@ -20,7 +20,7 @@ WORDS = ["a red circle", "a blue square", "a green star", "a cross", "a cyan thi
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    makers = {"sd": tiny_sd_pipeline, "zimage": tiny_zimage_pipeline, "ddpm": tiny_ddpm_pipeline}
+    makers = {"sd": tiny_sd_pipeline, "zimage": tiny_zimage_pipeline, "ddpm": tiny_ddpm_pipeline, "dit": tiny_dit_pipeline}
     return {name: save(make(), tmp_path_factory.mktemp(name) / "pipe") for name, make in makers.items()}
 
 
@@ -46,13 +46,13 @@ def images(tmp_path):
     return picture_folder(tmp_path / "images", 64)
 
 
-def picture_folder(folder, side, n=5, captioned=True):
+def picture_folder(folder, side, n=5, captioned=True, words=WORDS):
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
     for i in range(n):
         Image.fromarray(pixels[i]).save(folder / f"{i}.png")
         if captioned:
-            (folder / f"{i}.txt").write_text(WORDS[i])
+            (folder / f"{i}.txt").write_text(words[i])
     return str(folder)
 
 
@@ -135,8 +135,15 @@ def test_an_unconditional_teacher_needs_no_captions_and_a_text_teacher_does(teac
     folder = picture_folder(tmp_path / "images", 8, captioned=False)
     source = open_source(teachers["ddpm"], images=folder, images_needed=True, cache=None)
     assert len(source) == len(source.latents) == 5
-    with pytest.raises(ValueError, match="have no caption"):
-        open_source(teachers["sd"], images=folder, images_needed=True, cache=None)
+    for name in ("sd", "dit"):
+        with pytest.raises(ValueError, match="have no caption"):
+            open_source(teachers[name], images=folder, images_needed=True, cache=None)
+
+
+def test_the_captions_of_a_class_conditional_teacher_are_classes(teachers, tmp_path):
+    folder = picture_folder(tmp_path / "images", 64, words=["207", "otter", "0", "999", "golden"])
+    source = open_source(teachers["dit"], images=folder, images_needed=True, cache=None)
+    assert source.cond.tensors["label"].tolist() == [207, 360, 0, 999, 207]
 
 
 def test_the_captions_of_the_images_are_the_prompts(teacher, images):
