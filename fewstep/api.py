@@ -169,7 +169,7 @@ def generate(
     for start in track(range(0, len(cond), batch), bar, len(cond), each=batch, active=bool(bar)):
         part = cond[start : start + batch].to(device)
         noise = rows(seed, start, start + len(part), device)
-        x = noise.normal((len(part), *teacher.latent_shape))
+        x = denoiser.schedule.prior(noise.normal((len(part), *teacher.latent_shape)))
         parts.append(teacher.to_images(sample(denoiser, x, times, part, step=STEPS[sampler], rng=noise)))
     return np.concatenate(parts)
 

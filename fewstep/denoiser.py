@@ -160,12 +160,18 @@ class Denoiser:
         return self.aim(prediction.x0, prediction.eps, t)
 
     def linear_loss(self, x0: Tensor, t: Tensor) -> Tensor:
-        """The loss (B,) in the native target that is left to a denoiser which knows of the law of x0 (B, C, *S) the mean and
-        spread of each channel only: (A sigma - B alpha)^2 var / (alpha^2 var + sigma^2), the least there is for a normal law."""
-        alpha, sigma = (like(c, x0) for c in self.schedule.alpha_sigma(t))
-        a, b = (like(c, x0) for c in TARGETS[self.target](*self.schedule.alpha_sigma(t)))
-        var = x0.detach().transpose(0, 1).flatten(1).var(1, correction=0).reshape(1, -1, *([1] * (x0.ndim - 2)))
-        return ((a * sigma - b * alpha).square() * var / (alpha.square() * var + sigma.square())).flatten(1).mean(1)
+        """`linear_loss` of samples x0 (B, C, *S) at t (B,) in the network's native target, (B,)."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return linear_loss(x0, alpha, sigma, *TARGETS[self.target](alpha, sigma))
+
+
+def linear_loss(x0: Tensor, alpha: Tensor, sigma: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The loss (B,) in the target A x0 + B eps that is left to a denoiser which knows of the law of x0 (B, C, *S) the mean and
+    spread of each channel only: (A sigma - B alpha)^2 var / (alpha^2 var + sigma^2), the least there is for a normal law.
+    Coefficients are (B,)."""
+    alpha, sigma, a, b = (like(c, x0) for c in (alpha, sigma, a, b))
+    var = x0.detach().transpose(0, 1).flatten(1).var(1, correction=0).reshape(1, -1, *([1] * (x0.ndim - 2)))
+    return ((a * sigma - b * alpha).square() * var / (alpha.square() * var + sigma.square())).flatten(1).mean(1)
 
 
 def complete(x_t: Tensor, out: Tensor, coefficients: tuple[Tensor, Tensor, Tensor, Tensor]) -> Prediction:

@@ -39,6 +39,10 @@ class NoiseSchedule(ABC):
     def t_of_model_time(self, time: Tensor) -> Tensor:
         """Inverse of `model_time`."""
 
+    def prior(self, noise: Tensor) -> Tensor:
+        """Where sampling starts at t = 1, from unit noise (B, C, *S): that noise itself on every path of bounded variance."""
+        return noise
+
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x0 + sigma eps, in the dtype of x0 (B, C, *S)."""
         alpha, sigma = self.alpha_sigma(t)
@@ -141,6 +145,9 @@ class EDM(NoiseSchedule):
         low, high = self._ends
         sigma = (low + t.double() * (high - low)) ** self.rho
         return torch.ones_like(t, dtype=torch.float64), torch.where(t > 0, sigma, 0.0)
+
+    def prior(self, noise: Tensor) -> Tensor:
+        return self.sigma_max * noise
 
     def t_of_ratio(self, ratio: Tensor) -> Tensor:
         low, high = self._ends  # levels below sigma_min count as clean

@@ -243,3 +243,11 @@ def test_above_clean_data_the_target_is_the_usual_one_to_the_bit(schedule):
     x0, eps = schedule.kernel_target(x, noise, s, t)
     assert torch.equal(x0, x) and torch.equal(eps, noise)
     assert torch.equal(schedule.forward_kernel(x, noise, s, t), schedule.add_noise(x, noise, t))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_sampling_starts_at_the_spread_of_the_noise_end(name):
+    """Of pure noise: sigma(1), to the little that a table's end leaves of the data."""
+    schedule, noise = SCHEDULES[name], torch.randn(8, 3, dtype=torch.float64)
+    sigma = schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[1]
+    torch.testing.assert_close(schedule.prior(noise), sigma * noise, rtol=0.01, atol=0)

@@ -162,7 +162,8 @@ class Blind(nn.Module):
 
 
 class Linear(nn.Module):
-    """The one-step generator of N(mean, std^2) from pure noise, mean + std x, wherever it is asked."""
+    """The one-step generator of N(mean, std^2) from pure noise, mean + std x, wherever it is asked; x has sigma's scale where
+    that is beyond 1."""
 
     def __init__(self, mean: float, std: float) -> None:
         super().__init__()
@@ -170,7 +171,7 @@ class Linear(nn.Module):
         self.std = nn.Parameter(torch.tensor(std, dtype=torch.float64))
 
     def forward(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return self.mean + self.std * x
+        return self.mean + self.std * x / sigma.clamp(min=1)
 
 
 class Mixture(nn.Module):

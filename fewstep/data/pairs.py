@@ -74,4 +74,7 @@ def _draw(teacher: Teacher, wish: Pairs, times: Sequence[float], start: int, con
     device = str(next(teacher.net.parameters()).device)
     streams = rows(SEED, start, start + len(cond), device)
     noise = streams.normal((len(cond), *teacher.latent_shape))
-    return {"noise": noise, "latents": sample(wish.guided, noise, times, cond.to(device), step=ddim, rng=streams)}
+    return {
+        "noise": noise,
+        "latents": sample(wish.guided, wish.guided.schedule.prior(noise), times, cond.to(device), step=ddim, rng=streams),
+    }

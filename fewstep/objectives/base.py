@@ -168,7 +168,7 @@ def simulate_step(nets: Nets, batch: Batch, rng: Stream, among: range | None = N
     """`simulate`, with the time of the step that was chosen."""
     among = among or range(len(nets.grid))
     k = among[rng.shared.integer(len(among))]
-    x = rng.normal(batch.shape)
+    x = nets.student.schedule.prior(rng.normal(batch.shape))
     with torch.no_grad():
         for visit in islice(_walk(nets, x, batch, rng), k):
             x = visit.x_s

@@ -56,7 +56,7 @@ class Boot(Objective):
         with torch.no_grad():
             y_t = told(nets, e, t, batch.cond)
             x0 = nets.teacher(nets.student.schedule.add_noise(y_t, e, t), t, batch.cond).x0
-            first = nets.teacher(e, full(1.0, n), batch.cond).x0
+            first = nets.teacher(nets.student.schedule.prior(e), full(1.0, n), batch.cond).x0
         y_s = told(nets, e, s, batch.cond)
         gain = like(1 - decay(nets.student.schedule, t, s), y_s)
         start = self.boundary * mse(told(nets, e, full(1.0, n), batch.cond), first)
@@ -65,7 +65,7 @@ class Boot(Objective):
 
 def told(nets: Nets, e: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """The student's y_t from pure noise e."""
-    return nets.student(e, 1 - t / 2, cond).x0
+    return nets.student(nets.student.schedule.prior(e), 1 - t / 2, cond).x0
 
 
 def decay(schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:

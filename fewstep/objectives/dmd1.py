@@ -42,6 +42,7 @@ class DMD1(TwoTimeScale):
         x, x_t, t = self.noised(nets, batch, rng)
         real, fake = scored(nets, batch, x_t, t)
         direction = normalised(fake - real, x, real, self.floor)
-        again = nets.student(batch.noise, full(nets.grid[0], len(batch.noise)), batch.cond).x0
+        start = nets.student.schedule.prior(batch.noise)
+        again = nets.student(start, full(nets.grid[0], len(batch.noise)), batch.cond).x0
         terms = {"dm": push(x, direction), "regression": self.regression * mse(again, batch.latents)}
         return Losses(terms, {"direction": size(direction)}, x)

@@ -9,7 +9,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Prediction
+from fewstep.denoiser import Prediction, linear_loss
 from fewstep.losses import mse, normalised, push, unit
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
@@ -93,9 +93,10 @@ class RCM(Objective):
         with torch.no_grad():
             x = self._sample(nets, batch, rng).x0
         t, eps = self._score_times(nets, len(x), rng), rng.normal_like(x)
-        alpha, sigma = (like(c, x) for c in TRIG.alpha_sigma(t))
+        cos, sin = TRIG.alpha_sigma(t)
+        alpha, sigma, linear = like(cos, x), like(sin, x), linear_loss(x, cos, sin, -sin, cos)
         prediction = Matched(nets.critic, TRIG)(TRIG.add_noise(x, eps, t), t, batch.cond)
-        return Losses({"denoise": mse(prediction.v, alpha * eps - sigma * x)}, sample=x)
+        return Losses({"denoise": mse(prediction.v, alpha * eps - sigma * x)}, {"denoise_linear": linear.mean()}, x)
 
     def _score_times(self, nets: Nets, n: int, rng: Stream) -> Tensor:
         return times(LogNormal(self.score_mean, self.score_std), n, rng, Matched(nets.student, TRIG))

@@ -52,7 +52,7 @@ class Reflow(Objective):
         t = schedule.t_of_ratio(u / (1 - u)).clamp(1e-3, 1.0)
         alpha, sigma = schedule.alpha_sigma(t)
         start = t >= 1
-        x_t = torch.where(like(start, x0).bool(), batch.noise, schedule.add_noise(x0, batch.noise, t))
+        x_t = torch.where(like(start, x0).bool(), schedule.prior(batch.noise), schedule.add_noise(x0, batch.noise, t))
         prediction = nets.student(x_t, t, batch.cond)
         slope = like(torch.where(start, 1.0, (alpha + sigma) / sigma), prediction.x0)
         return Losses({"reflow": huber(slope * prediction.x0, slope * x0, self.huber)}, {}, prediction.x0)
@@ -90,7 +90,7 @@ class Regression(Objective):
     def walked(self, nets: Nets, batch: Batch, rng: Stream) -> Prediction:
         """The student at a deployed time that all samples share, from the pair's noise; a graph for that step alone."""
         assert batch.noise is not None
-        k, x = rng.shared.integer(len(nets.grid)), batch.noise
+        k, x = rng.shared.integer(len(nets.grid)), nets.student.schedule.prior(batch.noise)
         with torch.no_grad():
             for visit in islice(rollout(nets.student, x, nets.grid, batch.cond, step=ddim, rng=rng), k):
                 x = visit.x_s

@@ -8,7 +8,7 @@ from typing import final
 
 import torch
 
-from fewstep.denoiser import Denoiser, Guided
+from fewstep.denoiser import TARGETS, Denoiser, Guided, linear_loss
 from fewstep.losses import mse, push
 from fewstep.objectives.base import Batch, Losses, Nets, register, simulate
 from fewstep.objectives.two_time_scale import TwoTimeScale, size
@@ -76,4 +76,6 @@ class VSD(TwoTimeScale):
         eps = rng.normal_like(x)
         prediction = nets.critic(nets.critic.schedule.add_noise(x, eps, t), t, cond)
         weight = prediction.alpha.square().flatten()
-        return Losses({"denoise": weight * mse(prediction.eps, eps)}, sample=x)
+        alpha, sigma = nets.critic.schedule.alpha_sigma(t)
+        linear = weight * linear_loss(x, alpha, sigma, *TARGETS["epsilon"](alpha, sigma))
+        return Losses({"denoise": weight * mse(prediction.eps, eps)}, {"denoise_linear": linear.mean()}, x)

@@ -1,9 +1,13 @@
 """What every game of a critic and a student refuses before anything is loaded, and how its round goes."""
 
 import pytest
+import torch
+from toys import NOTHING, SCHEDULES, TEACHERS, Gaussian, denoiser, endpoint, game, gaussian
 
+from fewstep.objectives import Batch
 from fewstep.objectives.base import objectives
 from fewstep.objectives.two_time_scale import TwoTimeScale
+from fewstep.stream import stream
 
 GAMES = sorted(name for name, kind in objectives().items() if issubclass(kind, TwoTimeScale))
 
@@ -32,3 +36,17 @@ def test_a_round_is_the_critics_turns_and_then_the_students(name: str) -> None:
     assert [turn.player for turn in turns] == ["critic"] * 3 + ["student"]
     assert [dict(turn.followers) for turn in turns] == [{}] * 3 + [{"critic": 0.25}]
     assert {name for turn in turns for name in turn.movers} == {"student", *game.needs.roles}, "what is asked for is trained"
+
+
+@pytest.mark.parametrize("schedule, target", TEACHERS)
+@pytest.mark.parametrize("name", ["dmd", "rcm", "sid", "vsd"])
+def test_an_exact_critic_of_a_normal_student_loses_what_the_monitors_hold_it_against(
+    name: str, schedule: str, target: str
+) -> None:
+    mean, var, n = [0.4, -1.0], [0.25, 2.0], 100_000
+    student = denoiser(Gaussian(mean, var, endpoint), SCHEDULES[schedule], target)
+    critic = gaussian(mean, var, SCHEDULES[schedule], target)
+    one = {"rollout_steps": 1} if name == "rcm" else {"steps": 1}
+    with torch.no_grad():
+        losses = objectives()[name](**one).critic_loss(game(student, critic, critic), Batch(NOTHING, (n, 2)), stream(0, 0, 0, 0))
+    assert losses.total.item() == pytest.approx(losses.stats["denoise_linear"].item(), rel=0.02)
