@@ -1,0 +1,80 @@
+"""TwinFlow: one network is generator, real and fake score, told apart by the sign of a time (arXiv 2512.05150)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Cond
+from fewstep.losses import mse
+from fewstep.matched import Matched
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register
+from fewstep.objectives.meanflow import FLOW, check_jumps
+from fewstep.objectives.rcgm import check_order, jumps, length
+from fewstep.stream import Stream
+
+
+@register("twinflow")
+@final
+@dataclass(frozen=True, kw_only=True)
+class TwinFlow(Objective):
+    """The student learns jumps as in `rcgm`, and besides, told the end -t, the velocity at t of the flow to its own one-step
+    samples. The difference of that fake velocity and its own at t, told the end t, moves those samples to where the real flow
+    goes: distribution matching (DMD) without a critic, heads or a second network.
+
+    order, delta, average: as in `rcgm`. fake, rectify: weights of the two terms. The student's network is fed the jump's end and
+    needs full weights. Any schedule, by matching noise ratios to the straight path. Images (latents) are needed.
+    Deviations: those of `rcgm`; a batch is not cut into four, but all of it jumps and as many samples are drawn from noise; fake
+    and real velocity are compared where the fake one is learned, which saves a pass; the fake velocity is learned by its mean
+    squared error, whose optimum is the mean that the comparison wants, not by its root.
+    """
+
+    steps: int = 1
+    sampler: str | None = "ddim"
+    order: int = 2
+    delta: float = 0.01
+    average: float | None = 0.99
+    fake: float = 1.0
+    rectify: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_jumps(self.steps, self.sampler)
+        check_order(self.order, self.delta)
+        if self.fake <= 0 or self.rectify <= 0:
+            raise ValueError("fake and rectify are positive weights; without these terms the objective is rcgm")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(images=True, inputs=("end_time",), average=self.average)
+
+    def round(self, step: int) -> list[Turn]:
+        return [Turn("student", self.student_loss)]
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        """Of the jumps, of the fake flow, and of the samples x = noise - F: the gradient of a distance that grows along
+        fake - real in F is that of DMD in x times a positive number, for the scores' difference is -alpha / sigma theirs."""
+        jumped, stats, _ = jumps(nets, batch, rng, self.order, self.delta)
+        n = batch.shape[0]
+        drawn = nets.student(rng.normal(batch.shape), full(1.0, n), batch.cond, r=full(0.0, n))
+        learned, direction = twins(Matched(nets.student, FLOW), drawn.x0.detach(), batch.cond, rng)
+        terms = {
+            "rcgm": jumped,
+            "fake": self.fake * learned,
+            "rectify": self.rectify * length(drawn.velocity, direction),
+        }
+        return Losses(terms, {**stats, "twins_apart": direction.abs().mean()}, drawn.x0)
+
+
+def twins(student: Matched, x: Tensor, cond: Cond, rng: Stream) -> tuple[Tensor, Tensor]:
+    """(the loss (B,) of the fake velocity at noised samples x (B, C, *S), without a graph the fake velocity less the real one
+    there, within +-1)."""
+    t = student.lowest + (student.highest - student.lowest) * rng.uniform(len(x))
+    eps = rng.normal_like(x)
+    x_t = FLOW.add_noise(x, eps, t)
+    fake = student(x_t, t, cond, r=-t).velocity
+    with torch.no_grad():
+        real = student(x_t, t, cond, r=t).velocity
+    return mse(fake, eps - x), (fake.detach() - real).clamp(-1, 1)
