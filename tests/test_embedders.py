@@ -56,6 +56,7 @@ def test_the_student_starts_as_its_teacher_and_every_embedder_weight_learns(name
     trained = student(*ask, g=G, r=R).eps
     assert not torch.equal(trained, student(*ask, g=G + 1, r=R).eps)
     assert not torch.equal(trained, student(*ask, g=G, r=R / 2).eps)
+    assert not torch.equal(trained[:2], student(*ask, g=G, r=-R).eps[:2])  # the sign tells TwinFlow's two flows apart
     torch.testing.assert_close(trained[1:], student(*(x[1:] for x in ask), g=G[1:], r=R[1:]).eps)
 
 

@@ -38,6 +38,7 @@ ROUNDS = {
     "shortcut": 200,
     "sid": 250,
     "sim": 250,
+    "twinflow": 250,
     "uni_instruct": 250,
     "vsd": 400,
 }
