@@ -117,7 +117,10 @@ def export(
     run: Path,
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     weights: Annotated[str | None, typer.Option(help="lora or full; what the student is, if not given.")] = None,
-    format_: Annotated[str, typer.Option("--format", help="diffusers or kohya.")] = "diffusers",
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="A LoRA's layout: diffusers, peft, comfyui or kohya; what stock code loads, if not given."),
+    ] = None,
 ) -> None:
     """Writes what stock Diffusers or ComfyUI loads: a LoRA or a full pipeline, its scheduler, a model card."""
     from fewstep.api import Run
@@ -140,6 +143,34 @@ def verify(
     say({"ok": report.ok, "checks": [c.__dict__ for c in report.checks]}, as_json, lines)
     if not report.ok:
         raise typer.Exit(2)
+
+
+@app.command()
+def push(
+    target: Annotated[Path, typer.Argument(help="An export, or a run, which is exported into its own folder first.")],
+    hub_id: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go there, and stop.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, where it is new.")] = False,
+) -> None:
+    """Uploads an export to the Hugging Face hub: shows its model card and files, asks, and only then touches the network."""
+    from fewstep.push import check_id, pack, send
+
+    check_id(hub_id)
+    if (target / "config.yaml").exists():
+        from fewstep.api import Run
+
+        target = Run(target).export(target / "export")
+    parcel = pack(target, hub_id)
+    typer.echo("\n".join(parcel.lines()))
+    if dry_run:
+        return
+    if not yes and not sys.stdin.isatty():
+        raise ValueError("nothing was sent: nobody can be asked here; add --yes")
+    if not yes and not typer.confirm(f"Send this to {hub_id}?"):
+        typer.echo("nothing was sent")
+        return
+    typer.echo(f"pushed: {send(parcel, private=private)}")
 
 
 @app.command("eval")

@@ -410,18 +410,18 @@ def test_help_needs_nothing_heavy():
     script = """
 import sys
 from fewstep import cli
-for words in ([], ["train"], ["sample"], ["plan"], ["eval"], ["export"], ["verify"], ["demo"], ["doctor"], ["list"], ["report"]):
-    sys.argv = ["fewstep", *words, "--help"]
+for word in ("", "train", "sample", "plan", "eval", "export", "verify", "push", "demo", "doctor", "list", "report"):
+    sys.argv = ["fewstep", *word.split(), "--help"]
     try:
         cli.main()
     except SystemExit as done:
-        assert not done.code, words
+        assert not done.code, word
 print(sorted({"torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "PIL", "yaml"} & sys.modules.keys()))
 """
     done = process("-c", script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
-    assert done.stdout.count("Usage: fewstep") == 11
+    assert done.stdout.count("Usage: fewstep") == 12
 
 
 def test_nothing_but_the_sentence_is_on_stderr(teacher, tmp_path):
