@@ -248,7 +248,7 @@ class Run:
         """The guided teacher's pictures from the same noise."""
         return self.study.draw_teacher(self.study.teacher.encode(prompts), steps, seed, bar)
 
-    def export(self, to: Path | str, *, form: str | None = None, layout: str = "diffusers") -> Path:
+    def export(self, to: Path | str, *, form: str | None = None, layout: str | None = None) -> Path:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
         from fewstep.export import export
 

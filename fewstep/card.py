@@ -23,7 +23,7 @@ def write(teacher: Teacher, facts: dict[str, Any], name: str) -> str:
         f"---\n{_front(teacher, facts).to_yaml()}\n---",
         f"# {name}",
         _summary(facts),
-        f"## Use it\n\n```python\n{snippet(facts, name)}```\n\n{_hints(facts)}",
+        f"## Use it\n\n{_use(facts, name)}\n\n{_hints(facts)}",
         f"## Noise levels\n\n{_levels(teacher, facts)}",
         _table((facts["record"].get("results") or {}).get("rows") or []),
         f"## How it was made\n\n```yaml\n{_made(facts)}```",
@@ -65,6 +65,16 @@ def _summary(facts: dict[str, Any]) -> str:
     )
 
 
+def _use(facts: dict[str, Any], name: str) -> str:
+    """The lines that run it, or where the file goes whose names stock Diffusers does not read."""
+    lora = facts.get("lora") or {"reader": "", "layout": ""}
+    if lora["reader"] != "keys":
+        return f"```python\n{snippet(facts, name)}```"
+    where = {"comfyui": "ComfyUI: put it into `models/loras` and load it with `LoraLoaderModelOnly`, strength 1.0"}
+    tools = where.get(lora["layout"], "ComfyUI (`models/loras`, strength 1.0) and kohya's tools")
+    return f"`{lora['file']}` is for {tools}. Diffusers does not read its names: export with `--format diffusers` for that."
+
+
 def snippet(facts: dict[str, Any], name: str) -> str:
     """Lines that run this very export with stock Diffusers, from the folder above it."""
     call = ", ".join(f"{k}={v!r}" for k, v in (facts["ask"] | facts["call"]).items())
@@ -82,11 +92,16 @@ def snippet(facts: dict[str, Any], name: str) -> str:
     if facts["form"] == "full":
         head = "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         return f"{head}{place}pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)\n{run}"
-    scheduler = facts["scheduler"]
+    scheduler, lora, net = facts["scheduler"], facts["lora"], f"pipe.{facts['component']}"
+    kind = "DiffusionPipeline" if facts["pipeline"] == facts["base_pipeline"] else facts["pipeline"]
+    loads = f"pipe.load_lora_weights(folder, weight_name={lora['file']!r})\n"
+    if lora["reader"] == "peft":
+        loads = f"{net} = PeftModel.from_pretrained({net}, folder).merge_and_unload()\n"
+    head = f"import torch\nfrom diffusers import {', '.join(sorted({kind, scheduler}))}\n"
+    head += "from peft import PeftModel\n" if lora["reader"] == "peft" else ""
     return (
-        f"import torch\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n{place}"
-        f"pipe = DiffusionPipeline.from_pretrained({str(base)!r}, torch_dtype=torch.float32)\n"
-        f"pipe.load_lora_weights(folder, weight_name={facts['lora']['file']!r})\n"
+        f"{head}\n{place}"
+        f"pipe = {kind}.from_pretrained({str(base)!r}, torch_dtype=torch.float32)\n{loads}"
         f'pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")\n{run}'
     )
 

@@ -9,18 +9,17 @@ import json
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep import __version__, card, embedders, loraformat, mixture, proof
+from fewstep import __version__, card, embedders, lorafiles, loraformat, mixture, proof
 from fewstep.adapters import Teacher, load_teacher, teacher_folder
 from fewstep.denoiser import Denoiser
 from fewstep.experts import PhasedExperts, along, apart
@@ -42,27 +41,27 @@ def export(
     steps: int,
     to: Path,
     form: str | None = None,
-    layout: str = "diffusers",
+    layout: str | None = None,
     record: dict[str, Any],
     guidance: float = 1.0,
     phases: int = 1,
 ) -> Path:
     """Writes the student `weights` (named as Role.weights() does) to the folder `to`, whole or not at all, and returns it.
 
-    form: "lora", "full" (a LoRA is merged), or None for the student's own where the family can load it. layout: a LoRA's key
-    names, "diffusers" or "kohya". record: how it was made, JSON-able; the card names the objective of record["config"] and shows
-    the table record["results"]["rows"] where they are there. guidance: the scale that a student which takes one draws at: stock
-    code feeds it where the network's class can take it, else it is folded into the weights.
+    form: "lora", "full" (a LoRA is merged), or None for the student's own. layout: a LoRA's key names, "diffusers", "peft" (a
+    PEFT folder), "comfyui" or "kohya"; None for Diffusers', or PEFT's where the class has no LoRA loader. record: how it was
+    made, JSON-able; the card names the objective of record["config"] and shows the table record["results"]["rows"] where they
+    are there. guidance: the scale that a student which takes one draws at: stock code feeds it where the network's class can take
+    it, else it is folded into the weights.
     Raises ValueError if `to` holds something else, the family, form, layout and sampler do not go together, or no stock pipeline
     could feed the student what it takes."""
     to = Path(to).absolute()
-    form = _form(teacher, kind, form, layout)
+    form, names = lorafiles.choose(teacher, kind, form, layout, phases)
     if isinstance(kind, Full) and embedders.END in kind.inputs and steps > 1:
         raise ValueError(
             f"this student of {steps} steps takes the end of its jump, which no stock pipeline would tell it; sample it with "
             "fewstep, or train one for one step to export it, whose jump has one end"
         )
-    names = loraformat.naming(layout, teacher.family.component) if form == "lora" else None
     _restore(to)
     refuse_foreign(to)
     teacher = _pristine(teacher)
@@ -76,22 +75,19 @@ def export(
     try:
         folded = [loraformat.fold(own, kind.scale) for own in apart(weights, phases)] if isinstance(kind, Lora) else []
         if names is not None:
-            files = mixture.lora_files(phases)
+            files = lorafiles.files(names, phases)
             for own, file in zip(folded, files.values(), strict=True):
-                _write_lora(teacher, own, names, layout, part, file)
+                lorafiles.write(teacher, own, names, part, file)
             scheduler.save_pretrained(part / "scheduler")
-            deployed = teacher.pipe
         else:
             files = mixture.folders(phases)
             nets = [_network(teacher, role, folded[k] if folded else {}, guidance) for k, role in enumerate(students)]
-            deployed = _deployed(teacher, nets[0], scheduler)
-            deployed.save_pretrained(part, safe_serialization=True)
+            _deployed(teacher, nets[0], scheduler).save_pretrained(part, safe_serialization=True)
             for net, folder in zip(nets[1:], list(files.values())[1:], strict=True):
                 net.save_pretrained(part / folder, safe_serialization=True)
-        facts = _facts(teacher, deployed, scheduler, scale, form=form, sampler=sampler, steps=steps, times=times, record=record)
+        facts = _facts(teacher, scheduler, scale, form=form, sampler=sampler, steps=steps, times=times, record=record)
         if names is not None:
-            first = next(iter(files.values()))
-            facts["lora"] = {"file": first, "layout": layout, "rank": loraformat.rank(folded[0]), "naming": asdict(names)}
+            facts["lora"] = lorafiles.facts(folded[0], names, next(iter(files.values())))
         if phases > 1:
             facts["experts"] = mixture.facts(facts["times"][str(steps)], files)
             shutil.copyfile(mixture.PIPELINE, part / mixture.PIPELINE.name)
@@ -111,25 +107,6 @@ def refuse_foreign(to: Path) -> None:
     """Raises ValueError if a folder holds anything but an earlier export."""
     if to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / FACTS).exists())):
         raise ValueError(f"{to} holds something that is not a fewstep export; choose another folder, nothing was changed")
-
-
-def _form(teacher: Teacher, kind: Full | Lora, form: str | None, layout: str) -> str:
-    pipeline = type(teacher.pipe).__name__
-    if form is None:
-        form = "lora" if isinstance(kind, Lora) and teacher.family.lora_loader else "full"
-    if form not in ("lora", "full"):
-        raise ValueError(f"an export is 'lora' or 'full', not {form!r}")
-    if form == "lora" and isinstance(kind, Full):
-        raise ValueError("this student was trained as full weights and has no LoRA; export it with form='full'")
-    if form == "lora" and not teacher.family.lora_loader:
-        raise ValueError(f"{pipeline} cannot load a LoRA; export it with form='full', which merges the adapter into the network")
-    if form == "full" and layout != "diffusers":
-        raise ValueError(
-            f"the layout {layout!r} names a LoRA's keys, a full export has none; leave the layout away or take form='lora'"
-        )
-    if form == "lora" and layout not in teacher.family.layouts:
-        raise ValueError(f"no LoRA layout {layout!r} for {pipeline}; choose one of: {', '.join(teacher.family.layouts)}")
-    return form
 
 
 def _pristine(teacher: Teacher) -> Teacher:
@@ -152,18 +129,6 @@ def _student(teacher: Teacher, kind: Full | Lora, weights: Mapping[str, Tensor])
         role = build(net, {"student": kind}, lora_targets=loraformat.modules(weights))["student"]
     set_weights(role, weights)
     return role
-
-
-def _write_lora(teacher: Teacher, folded: dict[str, Tensor], names: loraformat.Naming, layout: str, to: Path, file: str) -> None:
-    """One file of alpha == rank. The Diffusers layout goes through the pipeline's own writer, with adapter metadata."""
-    if layout != "diffusers":  # stock readers refuse these names together with adapter metadata: the alphas say it
-        save_file(loraformat.spell(folded, names), to / file, metadata={"format": "pt"})
-        return
-    component, r = teacher.family.component, loraformat.rank(folded)
-    metadata = LoraConfig(r=r, lora_alpha=r, target_modules=loraformat.modules(folded)).to_dict()
-    metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
-    layers = {f"{component}_lora_layers": folded, f"{component}_lora_adapter_metadata": metadata}
-    type(teacher.pipe).save_lora_weights(to, weight_name=file, **layers)
 
 
 def _network(teacher: Teacher, student: Role, folded: dict[str, Tensor], guidance: float) -> Any:
@@ -195,7 +160,6 @@ def _takes_latents(teacher: Teacher) -> bool:
 
 def _facts(
     teacher: Teacher,
-    deployed: Any,
     scheduler: Any,
     scale: float | None,
     *,
@@ -217,7 +181,7 @@ def _facts(
         "git": _git_hash(),
         "teacher": {"path": path, "model_index_sha256": hashlib.sha256(index.read_bytes()).hexdigest() if index else None},
         "base_pipeline": type(teacher.pipe).__name__,
-        "pipeline": type(deployed).__name__,
+        "pipeline": family.deployed or type(teacher.pipe).__name__,
         "component": family.component,
         "scheduler": type(scheduler).__name__,
         "ask": family.ask(teacher.pipe, [family.examples[0]]),

@@ -25,10 +25,19 @@ def load(export: Path, base: str | None) -> diffusers.DiffusionPipeline:
         return diffusers.DiffusionPipeline.from_pretrained(export, use_safetensors=True)
     if base is None:
         raise SystemExit(f"{export} is a LoRA of {facts['teacher']['path']}; name that pipeline's folder or hub id with --base")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+    pipe = getattr(diffusers, facts["pipeline"]).from_pretrained(base, use_safetensors=True)
     rules = json.loads((export / "scheduler" / "scheduler_config.json").read_text())
     pipe.scheduler = getattr(diffusers, rules["_class_name"]).from_config(rules)
-    pipe.load_lora_weights(export)
+    lora = facts["lora"]
+    if lora["reader"] == "keys":
+        raise SystemExit(f"{export} is a LoRA in the layout {lora['layout']}, which Diffusers does not read")
+    if lora["reader"] == "peft":
+        from peft import PeftModel
+
+        net = getattr(pipe, facts["component"])
+        setattr(pipe, facts["component"], PeftModel.from_pretrained(net, export).merge_and_unload())
+    else:
+        pipe.load_lora_weights(export, weight_name=lora["file"])
     return pipe
 
 

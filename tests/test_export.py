@@ -91,38 +91,6 @@ def test_the_lora_says_in_its_header_that_alpha_is_rank(lora):
     assert all(k.startswith("unet.") for k in load_file(lora / LORA_FILE))
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-@pytest.mark.parametrize("family", ["sd", "zimage"])
-def test_names_round_trip(family, layout, request):
-    teacher = request.getfixturevalue(family)
-    names = loraformat.naming(layout, teacher.family.component)
-    folded = loraformat.fold(student(teacher, LORA), LORA.scale)
-    layers = [n for n, _ in teacher.net.named_modules()]
-    spelt = loraformat.spell(folded, names)
-    back = loraformat.unspell(spelt, names, layers)
-    assert back.keys() == folded.keys()
-    assert all(torch.equal(back[k], folded[k]) for k in folded)
-    with pytest.raises(ValueError, match="belongs to no layer"):
-        loraformat.unspell({**spelt, names.stem("nowhere") + names.a: torch.zeros(1)}, names, layers)
-
-
-def test_kohya_names_are_those_of_comfyui():
-    pair = {"mid.attn1.to_out.0.lora_A.weight": torch.zeros(2, 3), "mid.attn1.to_out.0.lora_B.weight": torch.zeros(3, 2)}
-    unet = loraformat.spell(pair, loraformat.naming("kohya", "unet"))
-    stem = "lora_unet_mid_attn1_to_out_0"
-    assert set(unet) == {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"}
-    assert float(unet[f"{stem}.alpha"]) == 2
-    dit = loraformat.spell(pair, loraformat.naming("kohya", "transformer"))
-    assert set(dit) == {f"diffusion_model.{k}" for k in pair}
-
-
-def test_a_stated_alpha_counts_when_names_are_read():
-    names = loraformat.naming("kohya", "unet")
-    spelt = loraformat.spell({"m.lora_A.weight": torch.ones(2, 3), "m.lora_B.weight": torch.ones(3, 2)}, names)
-    spelt["lora_unet_m.alpha"] = torch.tensor(1.0)
-    assert torch.equal(loraformat.unspell(spelt, names, ["m"])["m.lora_B.weight"], torch.full((3, 2), 0.5))
-
-
 def test_half_a_lora_is_refused():
     with pytest.raises(ValueError, match="one half of a LoRA"):
         loraformat.modules(["a.lora_A.weight"])
@@ -150,10 +118,10 @@ def test_the_card_states_what_is_known_and_invents_no_licence(sd, zimage, lora):
 @pytest.mark.parametrize(
     ("kind", "form", "layout", "says"),
     [
-        (Full(), "lora", "diffusers", "form='full'"),
+        (Full(), "lora", None, "form='full'"),
         (LORA, "full", "kohya", "form='lora'"),
-        (LORA, "both", "diffusers", "'lora' or 'full'"),
-        (LORA, "lora", "comfy", "diffusers, kohya"),
+        (LORA, "both", None, "'lora' or 'full'"),
+        (LORA, "lora", "comfy", "diffusers, comfyui, kohya, peft"),
     ],
 )
 def test_a_form_that_cannot_be_is_refused_with_a_remedy(sd, kind, form, layout, says, tmp_path):
@@ -162,10 +130,10 @@ def test_a_form_that_cannot_be_is_refused_with_a_remedy(sd, kind, form, layout, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_family_without_lora_loader_is_told_to_export_full(tmp_path):
+def test_a_family_without_lora_loader_is_told_what_it_can_have(tmp_path):
     teacher = load_teacher(str(save(tiny_ddpm_pipeline(), tmp_path / "ddpm")))
-    with pytest.raises(ValueError, match="form='full'"):
-        export(teacher, LORA, {}, sampler="ddim", steps=4, to=tmp_path / "out", form="lora", record={})
+    with pytest.raises(ValueError, match="layout='peft', or with form='full'"):
+        export(teacher, LORA, {}, sampler="ddim", steps=4, to=tmp_path / "out", form="lora", layout="diffusers", record={})
 
 
 def test_weights_of_another_network_are_refused(sd, tmp_path):

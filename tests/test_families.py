@@ -28,9 +28,24 @@ def test_an_exported_student_is_what_was_trained(teachers, name, tmp_path):
     checks = {c["name"]: c for c in proof.prove(to, teacher.path, tmp_path)}
     assert not [c for c in checks.values() if not c["ok"]]
     wanted = {f"{what} at {n}" for what in ("times", "pixels") for n in (1, 2, 4)} | {"same seed, same picture"}
-    if teacher.family.lora_loader:
-        wanted |= {"LoRA on every layer at scale 1", "same picture without the LoRA's metadata"}
+    wanted |= {"LoRA on every layer at scale 1", "same picture without the LoRA's metadata"}
     assert checks.keys() >= wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("flux", "comfyui"), ("pixart", "comfyui"), ("sd3", "kohya"), ("wan", "peft"), ("dit", "peft")]
+)
+def test_a_lora_under_other_names_is_what_was_trained(teachers, name, layout, tmp_path):
+    """Fused layers, which Diffusers does not read, are merged by their matrices alone; PEFT reads its own folder."""
+    teacher = teachers[name]
+    sampler, weights = next(iter(teacher.family.samplers)), student(teacher, LORA)
+    to = export(teacher, LORA, weights, sampler=sampler, steps=2, to=tmp_path / "out", layout=layout, record=RECORD)
+    checks = {c["name"]: c for c in proof.prove(to, teacher.path, tmp_path)}
+    assert not [c for c in checks.values() if not c["ok"]]
+    assert checks.keys() >= {"LoRA on every layer at scale 1", "times at 2", "pixels at 1", "pixels at 2", "pixels at 4"}
+    card = (to / "README.md").read_text()
+    assert "load_lora_weights" not in card and "alpha equals its rank" in card
+    assert ("PeftModel" if layout == "peft" else "Diffusers does not read its names") in card
 
 
 @pytest.mark.parametrize(("name", "scale"), [("flux", 3.5), ("flux2", 4.0)])

@@ -14,9 +14,9 @@ MATH = {"schedules", "losses", "divergences", "stream"}
 DENOISER = MATH | {"denoiser"}
 PARTS = {"sampling", "times", "heads", "experts", "matched", "tangents"}
 TEACHER = {"families", "folders", "deploy", "adapters"}
-SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "mixture", "phased", "proof", "export"}
+SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "lorafiles", "mixture", "phased", "strength", "proof", "export"}
 LOOP = {"trainer", "ema", "checkpoint", "advice", "costs", "monitor", "progress"}
-COMMANDS = {"plan", "drawing", "judging", "listing", "doctor", "demo"}
+COMMANDS = {"plan", "drawing", "judging", "listing", "doctor", "push", "demo"}
 MAY_IMPORT = {
     # upwards, one layer a paragraph
     "schedules": set(),
@@ -51,9 +51,12 @@ MAY_IMPORT = {
     "adapters": DENOISER | PARTS | TEACHER | {"zoo", "embedders"},
     "networks": DENOISER | PARTS | TEACHER | {"embedders"},
     "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},
-    "loraformat": set(),
+    "keymaps": set(),
+    "loraformat": {"keymaps"},
+    "lorafiles": DENOISER | PARTS | TEACHER | {"networks", "loraformat", "mixture"},
     "mixture": set(),
     "phased": set(),  # what an export takes along: it knows Diffusers alone
+    "strength": set(),  # as proof
     "proof": set(),  # runs where fewstep cannot be imported
     "card": DENOISER | PARTS | TEACHER | {"loraformat"},
     "export": DENOISER | PARTS | SIDE_DOORS | {"embedders"},
@@ -80,6 +83,7 @@ MAY_IMPORT = {
     "judging": {"api", "adapters", "data", "denoiser", "evaluation", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),
+    "push": set(),
     "demo": {"api", "config", "judging", "verify"},
     "cli": COMMANDS | {"api", "config", "verify"},
     "__main__": {"cli"},

@@ -23,16 +23,19 @@ from fewstep.verify import OFFLINE, verify
 TEACHERS = {"sd": tiny_sd_pipeline, "zimage": tiny_zimage_pipeline, "ddpm": tiny_ddpm_pipeline}
 # name: (teacher, the student's kind, sampler, trained steps, form, layout)
 EXPORTS = {
-    "sd-lora": ("sd", LORA, "renoise", 3, "lora", "diffusers"),
+    "sd-lora": ("sd", LORA, "renoise", 3, "lora", None),
+    "sd-peft": ("sd", LORA, "ddim", 4, "lora", "peft"),
     "sd-kohya": ("sd", LORA, "ddim", 4, "lora", "kohya"),
-    "sd-merged": ("sd", LORA, "ddim", 4, "full", "diffusers"),
-    "sd-full": ("sd", Full(), "renoise", 1, None, "diffusers"),
-    "sd-guided": ("sd", Full(("guidance_scale",)), "renoise", 4, None, "diffusers"),
-    "zimage-guided": ("zimage", Full(("guidance_scale",)), "ddim", 4, None, "diffusers"),
-    "zimage-lora": ("zimage", LORA, "ddim", 4, None, "diffusers"),
+    "sd-merged": ("sd", LORA, "ddim", 4, "full", None),
+    "sd-full": ("sd", Full(), "renoise", 1, None, None),
+    "sd-guided": ("sd", Full(("guidance_scale",)), "renoise", 4, None, None),
+    "zimage-guided": ("zimage", Full(("guidance_scale",)), "ddim", 4, None, None),
+    "zimage-lora": ("zimage", LORA, "ddim", 4, None, None),
     "zimage-kohya": ("zimage", LORA, "ddim", 4, "lora", "kohya"),
-    "zimage-full": ("zimage", Full(), "ddim", 2, None, "diffusers"),
-    "ddpm-merged": ("ddpm", LORA, "ddim", 4, None, "diffusers"),
+    "zimage-full": ("zimage", Full(), "ddim", 2, None, None),
+    "zimage-comfyui": ("zimage", LORA, "ddim", 4, "lora", "comfyui"),
+    "ddpm-merged": ("ddpm", LORA, "ddim", 4, "full", None),
+    "ddpm-peft-lora": ("ddpm", LORA, "ddim", 4, None, None),
 }
 SCRIPT = """
 import json, sys
@@ -95,7 +98,7 @@ def test_every_kind_of_export_is_proved(proofs, name):
     assert {c["name"] for c in proofs[name]} >= wanted(name)
 
 
-@pytest.mark.parametrize("name", ["sd-lora", "zimage-full", "ddpm-merged"])
+@pytest.mark.parametrize("name", ["sd-lora", "sd-peft", "zimage-full", "ddpm-merged", "ddpm-peft-lora"])
 def test_the_lines_on_the_card_run(root, name, monkeypatch):
     lines = re.search(r"```python\n(.*?)```", (root / name / "README.md").read_text(), re.S)[1]
     monkeypatch.chdir(root)

@@ -115,7 +115,6 @@ class Family:
     embedded: bool = False
     default_guidance: float = 7.5
     lora_loader: bool = True
-    layouts: tuple[str, ...] = ("diffusers",)  # of LoRA files whose names are known to be right
     deployed: str | None = None  # the pipeline class that runs students, where it is not the teacher's
     sized: bool = True  # the pipeline's call takes height and width
     size: Callable[[Config, Config], tuple[int, ...]] = native_size

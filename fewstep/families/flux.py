@@ -161,5 +161,4 @@ ZIMAGE = Family(
     no_words=lambda c: {"prompt_embeds": [torch.zeros(2, c["cap_feat_dim"])], "guidance_scale": 0.0},
     guide=lambda g: {"guidance_scale": g - 1},
     default_guidance=5.0,
-    layouts=("diffusers", "kohya"),
 )

@@ -51,7 +51,6 @@ SD = Family(
     lora_targets=_UNET_LORA,
     no_words=lambda c: {"prompt_embeds": torch.zeros(1, 2, c["cross_attention_dim"]), "guidance_scale": 1.0},
     default_guidance=7.5,
-    layouts=("diffusers", "kohya"),
 )
 
 
