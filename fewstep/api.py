@@ -81,8 +81,8 @@ class Study:
             taps, eyes = heads.taps_on(self.roles[heads.backbone].net), self.player(modules[heads.backbone])
             judge = Discriminator(looking(eyes, heads), taps, modules["heads"])
         student, teacher = self.student(modules["student"]), self.guided(modules["teacher"])
-        if "previous" in modules:  # guided already by what taught it, or fed its scale
-            teacher = self.player(modules["previous"])
+        if "tutor" in modules:  # guided already by what taught it, or fed its scale
+            teacher = self.player(modules["tutor"])
             teacher = teacher if teacher.guidance is not None else Guided(teacher, 1.0, self.null.to(self.device))
         average = self.player(modules["average"]) if "average" in modules else None
         return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge, average)
@@ -185,7 +185,7 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
 
 def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> None:
     config = stage.config
-    accelerator = make_accelerator(config.train, partly=config.phases > 1)
+    accelerator = make_accelerator(config.train, partly=config.phases > 1 or config.objective.needs.partly)
     study = open_study(config)
     for part in whole.stages:
         _deployed(study.teacher, part)  # refused now, not when its turn comes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +24,21 @@ class _Strict(BaseModel):
 
 class TeacherConfig(_Strict):
     """path: zoo:NAME, a Diffusers folder or a hub id. guidance: scale u + g (c - u), 1 is none; None: the family's default.
-    size: ([frames,] height, width) in pixels; None: the teacher's own. net: original or, in a stage, previous: who teaches is the
-    student of the stage before, not guided any further; the teacher that students are held against is the path's all the same."""
+    size: ([frames,] height, width) in pixels; None: the teacher's own. net: original or, in a stage, previous
+    or stage-N: who teaches is the student of the stage before or of that one, as it is, not guided any further; students are
+    held against the path's teacher all the same."""
 
     path: str
     guidance: float | None = None
     size: tuple[int, ...] | None = None
-    net: Literal["original", "previous"] = "original"
+    net: str = "original"
+
+    @field_validator("net")
+    @classmethod
+    def _net(cls, value: str) -> str:
+        if value not in ("original", "previous") and not re.fullmatch(r"stage-\d+", value):
+            raise ValueError(f"who teaches is original, previous or an earlier stage by its name, as in stage-1, not {value!r}")
+        return value
 
 
 class WeightsConfig(_Strict):
@@ -89,8 +98,8 @@ class Config(_Strict):
         wanted = dict.fromkeys(expert_names(self.phases), self.student_kind())
         if self.objective.needs.average is not None:
             wanted["average"] = self.student_kind()
-        if self.teacher.net == "previous":
-            wanted["previous"] = self.student_kind()
+        if self.teacher.net != "original":
+            wanted["tutor"] = self.student_kind()
         return wanted | ({"critic": self.critic.kind()} if "critic" in self.objective.needs.roles else {})
 
     def judged(self) -> Config:
@@ -136,18 +145,25 @@ def parse(tree: Mapping[str, Any]) -> Config:
     parts = [name for name in Config.model_fields if name != "stages"]
     check_keys(tree, Config.model_fields, "")
     if not tree.get("stages"):
-        return _parsed({k: v for k, v in tree.items() if k != "stages"}, None)
+        return _parsed({k: v for k, v in tree.items() if k != "stages"})
     found: list[Config] = []
     for i, stage in enumerate(staged(tree, parts), 1):
         try:
-            found.append(_parsed(stage, found[-1] if found else None))
+            found.append(_parsed(stage, found))
         except ValueError as error:
             raise ValueError(f"stages.{i}: {error}") from error
     return found[-1].model_copy(update={"stages": tuple(found)})
 
 
-def _parsed(tree: Mapping[str, Any], before: Config | None) -> Config:
-    """One config, or one stage of it and the one before."""
+def tutor(config: Config, number: int) -> int | None:
+    """Which stage's student teaches stage `number` of a run, from 1; None where the teacher on the path does."""
+    if config.teacher.net == "original":
+        return None
+    return number - 1 if config.teacher.net == "previous" else int(config.teacher.net.removeprefix("stage-"))
+
+
+def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
+    """A config; before: the stages that it comes after."""
     for part, kind in (("teacher", TeacherConfig), ("student", StudentConfig), ("critic", WeightsConfig), ("data", DataConfig)):
         check_keys(tree.get(part, {}), kind.model_fields, part)
     check_keys(tree.get("train", {}), [f.name for f in dataclasses.fields(Settings)], "train")
@@ -208,33 +224,35 @@ def _parsed(tree: Mapping[str, Any], before: Config | None) -> Config:
     return config
 
 
-def _check_start(config: Config, before: Config | None) -> None:
-    """Raises ValueError where a student cannot start from the one of the stage before, or not be taught by it."""
-    taught, kind = config.teacher.net == "previous", config.student_kind()
-    if before is None:
-        if taught:
-            raise ValueError("teacher: there is no stage before this one whose student could teach it; leave `previous` away")
-        return
-    old = before.student_kind()
-    if (config.teacher.path, config.teacher.size) != (before.teacher.path, before.teacher.size):
+def _check_start(config: Config, before: Sequence[Config]) -> None:
+    """Raises ValueError where a student cannot start from that of the last stage, or not be taught by that of an earlier one."""
+    teaching, kind = tutor(config, len(before) + 1), config.student_kind()
+    if teaching is not None and not 1 <= teaching <= len(before):
+        raise ValueError(f"teacher: no stage comes before this one that {config.teacher.net} could name; leave it away")
+    if before and (config.teacher.path, config.teacher.size) != (before[-1].teacher.path, before[-1].teacher.size):
         raise ValueError("teacher: the stages of a run share one path and one size; write them once, above the stages")
-    if isinstance(kind, Lora) and kind != old:
-        raise ValueError(
-            "student: a LoRA starts from a LoRA of the same rank and alpha; "
-            "write the same student in the stage before, or student: {weights: full} in this one"
-        )
-    has, had = (k.inputs if isinstance(k, Full) else () for k in (kind, old))
-    if lost := sorted({*had} - {*has}):
-        raise ValueError(f"objective: the student of the stage before takes the {lost[0]}, which this objective does not tell it")
-    if before.phases not in (1, config.phases):
-        raise ValueError(
-            f"student.phases: {config.phases} cannot start from the {before.phases} of the stage before; set the same"
-        )
-    if taught and (config.phases > 1 or had != has or END in has):
+    for old in (*before[-1:], *([before[teaching - 1]] if teaching else [])):
+        if isinstance(kind, Lora) and kind != old.student_kind():
+            raise ValueError(
+                "student: a LoRA goes on from a LoRA of the same rank and alpha; "
+                "write the same student in the stages before, or student: {weights: full} in this one"
+            )
+        if lost := sorted({*_inputs(old)} - {*_inputs(config)}):
+            raise ValueError(f"objective: the student before takes the {lost[0]}, which this objective does not tell it")
+        if old.phases not in (1, config.phases):
+            raise ValueError(
+                f"student.phases: {config.phases} cannot go on from the {old.phases} of a stage before; set the same"
+            )
+    if teaching and (config.phases > 1 or _inputs(before[teaching - 1]) != _inputs(config) or END in _inputs(config)):
         raise ValueError(
             "teacher: only a student of one network that takes what this one takes, and no end of its jump, can teach it; "
-            "leave `previous` away"
+            f"leave {config.teacher.net} away"
         )
+
+
+def _inputs(config: Config) -> tuple[str, ...]:
+    kind = config.student_kind()
+    return kind.inputs if isinstance(kind, Full) else ()
 
 
 def differences(old: Config, new: Config, free: Sequence[str] = ()) -> list[str]:

@@ -61,6 +61,11 @@ class Prediction:
     sigma: Tensor
 
     @property
+    def x_t(self) -> Tensor:
+        """What it is an opinion of."""
+        return self.alpha * self.x0 + self.sigma * self.eps
+
+    @property
     def velocity(self) -> Tensor:
         """dx/dt of the straight path, eps - x0 (flow matching's target)."""
         return self.eps - self.x0

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fewstep import embedders
 from fewstep.experts import PhasedExperts
-from fewstep.heads import Enough, Heads
+from fewstep.heads import Heads
+from fewstep.taps import Enough
 
 
 @dataclass(frozen=True)

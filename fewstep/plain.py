@@ -92,7 +92,7 @@ def staged(tree: Mapping[str, Any], known: Collection[str]) -> list[dict[str, An
     common, found = {k: v for k, v in tree.items() if k != "stages"}, []
     for i, own in enumerate(tree["stages"], 1):
         check_keys(own, known, f"stages.{i}")
-        own = {**own, **({"teacher": {"net": "previous"}} if own.get("teacher") == "previous" else {})}
+        own = {k: {"net": v} if k == "teacher" and isinstance(v, str) else v for k, v in own.items()}
         found.append(_over(common, own))
     return found
 

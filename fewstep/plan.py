@@ -47,12 +47,12 @@ def plan(config: Config) -> dict[str, Any]:
         roles |= pixels_role(config.objective.needs.heads, lambda x: x, None)  # the one network that is loaded, as small as it is
         with torch.device("meta"):
             roles["heads"] = heads_role(roles, config.objective.needs.heads, config.train.seed)
-    frozen = ("teacher", "average", "previous", "pixels")
+    frozen = ("teacher", "average", "tutor", "pixels")
     trained = {k: sum(p.numel() for p in role.parameters()) for k, role in roles.items() if k not in frozen}
     width = 2 if config.train.dtype == "bfloat16" else 4
     # weights float32 + gradient + two Adam moments for what is trained, the average for the student, the frozen base once
     averages = 4 * trained["student"] * (1 + ("average" in roles))
-    copies = 4 * trained["student"] * (("average" in roles) + ("previous" in roles))
+    copies = 4 * trained["student"] * (("average" in roles) + ("tutor" in roles))
     memory = base * width + sum(16 * n for n in trained.values()) + averages + copies
     disk = sum(12 * n for n in trained.values()) + averages
     return {

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fewstep import checkpoint
-from fewstep.config import Config, differences, load
+from fewstep.config import Config, differences, load, tutor
 from fewstep.experts import PhasedExperts, apart
 from fewstep.loraformat import fold, merge
 from fewstep.networks import Lora, Role, set_weights
@@ -27,11 +27,11 @@ APART = 1_000_003  # between the seeds of stages: none sees the noise of another
 
 @dataclass(frozen=True)
 class Stage:
-    """A fit of a run: its config, the folder it leaves its traces in, and the stage it goes on from."""
+    """A fit of a run: its config, the folder it leaves its traces in, and the stages it comes after."""
 
     config: Config
     folder: Path
-    before: Stage | None = None
+    before: tuple[Stage, ...] = ()
 
     @property
     def place(self) -> Path | None:
@@ -47,26 +47,23 @@ class Stage:
     @property
     def settings(self) -> Settings:
         """Of its training; a stage's random draws are its own, those of the first the run's."""
-        number, stage = 0, self
-        while stage.before is not None:
-            number, stage = number + 1, stage.before
-        return replace(self.config.train, seed=self.config.train.seed + number * APART)
+        return replace(self.config.train, seed=self.config.train.seed + len(self.before) * APART)
 
     def begin(self, roles: Mapping[str, Role | PhasedExperts]) -> None:
-        """Gives fresh roles the weights that the stage before left: its averaged student's to the student, and to who teaches it
-        where that is to be `previous`."""
-        if self.before is None:
-            return
-        assert self.before.place is not None, "stages are trained in order"
-        student, old = roles["student"], self.before.config
-        parts = apart(checkpoint.load(self.before.place)[0]["ema"], old.phases)
-        experts = student.experts if isinstance(student, PhasedExperts) else [student]
-        for k, role in enumerate(experts):
+        """Gives fresh roles what earlier stages left: the student the last one's averaged student, the tutor that of its own."""
+        if self.before:
+            self.before[-1].hand_on(roles["student"])
+        if (teaching := tutor(self.config, len(self.before) + 1)) is not None:
+            self.before[teaching - 1].hand_on(roles["tutor"])
+            roles["tutor"].requires_grad_(False)
+
+    def hand_on(self, heir: Role | PhasedExperts) -> None:
+        """Puts this stage's averaged student into another's role."""
+        assert self.place is not None, "stages are trained in order"
+        parts = apart(checkpoint.load(self.place)[0]["ema"], self.config.phases)
+        for k, role in enumerate(heir.experts if isinstance(heir, PhasedExperts) else [heir]):
             assert isinstance(role, Role)
-            set_weights(role, _as_its_own(role, parts[k % len(parts)], old))
-        if "previous" in roles:
-            set_weights(roles["previous"], student.weights())
-            roles["previous"].requires_grad_(False)
+            set_weights(role, _as_its_own(role, parts[k % len(parts)], self.config))
 
 
 def _as_its_own(role: Role, weights: Mapping[str, Tensor], old: Config) -> Mapping[str, Tensor]:
@@ -87,7 +84,7 @@ def stages_of(config: Config, folder: Path) -> list[Stage]:
         return [Stage(config, folder)]
     found: list[Stage] = []
     for i, part in enumerate(config.stages, 1):
-        found.append(Stage(part, folder / f"stage-{i}", found[-1] if found else None))
+        found.append(Stage(part, folder / f"stage-{i}", tuple(found)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from toys import NOTHING
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.families import FAMILIES
-from fewstep.heads import KINDS, Discriminator, Heads, Taps, tapped, taps_of
+from fewstep.heads import KINDS, Discriminator, Heads
 from fewstep.networks import Full, Lora, build, heads_role
+from fewstep.taps import Taps, tapped, taps_of
 
 MAKERS = {"StableDiffusionPipeline": tiny_sd_pipeline, "ZImagePipeline": tiny_zimage_pipeline, "DDPMPipeline": tiny_ddpm_pipeline}
-LATENT = [name for name, kind in KINDS.items() if kind.backbone != "pixels"]
+LATENT = [name for name, kind in KINDS.items() if kind.backbone != "pixels" and kind.eyes == 1]
 LAST = {"StableDiffusionPipeline": "up_blocks.0", "ZImagePipeline": "all_final_layer.2-1", "DDPMPipeline": "up_blocks.0"}
 T = torch.tensor([0.4, 0.7], dtype=torch.float64)
 
@@ -58,6 +60,23 @@ def counted(module):
     calls = []
     module.register_forward_hook(lambda *_: calls.append(1))
     return calls
+
+
+def test_points_beside_their_origin_are_seen_as_alone_and_from_one_pass(family):
+    """Lightning's D(x_t, x_s, t, s, c): both points' features side by side, the origin's the same for every landing."""
+    roles, (x, t, cond), judge = players(family, "beside")
+    places = [(x, t), (0.5 * x, t / 2), (x.flip(0), t.flip(0))]
+    plain = Discriminator(judge().denoiser, judge().taps, lambda maps: torch.cat([m.flatten(1) for m in maps], 1))
+    own, passes = [plain.logits(*place, cond) for place in places], []
+    assert all((a - b).abs().max() > 1e-4 for a, b in pairwise(own))
+    hook = roles["critic"].net.register_forward_pre_hook(lambda *_: passes.append(1))
+    found, alone = plain.beside(places[:2], places[2], cond), plain.beside(places[:2], None, cond)
+    hook.remove()
+    assert len(passes) == 2
+    for k in (0, 1):
+        torch.testing.assert_close(found[k], torch.cat([own[k], own[2]], 1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone[k], own[k], rtol=1e-5, atol=1e-5)
+    assert [logits.shape for logits in judge().beside(places[:2], places[2], cond)] == [(2, 1)] * 2
 
 
 @pytest.mark.parametrize("kind", LATENT)

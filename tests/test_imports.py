@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # is the whole folder, "zoo.build" that one file. A module may always import its own key's. A new module needs a row here.
 MATH = {"schedules", "losses", "divergences", "stream"}
 DENOISER = MATH | {"denoiser"}
-PARTS = {"sampling", "times", "heads", "experts", "matched", "tangents"}
+PARTS = {"sampling", "times", "taps", "heads", "experts", "matched", "tangents"}
 TEACHER = {"families", "folders", "deploy", "adapters"}
 SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "lorafiles", "mixture", "phased", "strength", "proof", "export"}
 LOOP = {"trainer", "ema", "checkpoint", "advice", "costs", "monitor", "progress"}
@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "times": DENOISER,
     "matched": DENOISER | {"sampling"},
     "tangents": DENOISER,
-    "heads": DENOISER,
+    "taps": DENOISER,
+    "heads": DENOISER | {"taps"},
     "experts": DENOISER,
     #
     "objectives": DENOISER | PARTS,

@@ -27,6 +27,7 @@ OBJECTIVES = {
     "dmd": DMD,
     "adversarial": {"name": "adversarial", "inner": DMD},
     "phased": {"name": "phased_dmd", "steps": 2, "critic_turns": 1, "phase_rounds": 2},
+    "landing": {"name": "adversarial_distance", "inner": {"name": "progressive", "steps": 2}},
     "critic-added": {"name": "adversarial", "inner": {"name": "consistency", "steps": 2, "solver_steps": 4}, "heads": "dmd2"},
 }
 
@@ -52,6 +53,7 @@ def config(teacher, weights, objective, folder, **train):
             "objective": OBJECTIVES[objective],
             "data": {"prompts": f"{folder}/prompts.txt"} if objective in ("dmd", "phased") else {"images": f"{folder}/images"},
             "train": settings,
+            "stages": [{}, {"teacher": "previous", "objective": {"conditional": False}}] if objective == "landing" else [],
         }
     )
 
@@ -102,6 +104,8 @@ def main(teachers, out):
     for name, weights, objective in CASES:
         case = f"{name}-{weights}-{objective}"
         api.train(config(f"{teachers}/{name}", weights, objective, teachers), Path(out) / case)
+    case = "staged"  # what is told is of the second stage
+    api.train(config(f"{teachers}/sd", "lora", "landing", teachers, rounds=2), Path(out) / case)
     case = "ctrl-c"
     try:
         long = config(f"{teachers}/sd", "lora", "dmd", teachers, rounds=1000, log_every=4, save_every=1000)
@@ -146,7 +150,17 @@ def test_one_process_writes_and_speaks(ran):
         log = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
         assert [record["round"] for record in log if "seconds" in record] == [1, 2, 3]  # a preview's record is its own
         assert [f.name for f in (out / name / "checkpoints").iterdir()] == ["step-0000003"]
-    assert said.count("train: 3/3") == len(CASES)
+    assert said.count("train: 3/3") == len(CASES) and said.count("train: 2/2") == 2
+
+
+@pytest.mark.multi
+def test_both_go_on_from_the_stage_before(ran):
+    (first, second), out, _ = ran
+    assert first["staged"] == second["staged"]
+    start, end = (first["staged"][k] for k in ("start", "end"))
+    assert start["tutor"] == start["student"] == end["tutor"]  # who teaches is the student of the stage before
+    assert all(start[role] != end[role] for role in ("student", "critic", "heads"))
+    assert {f.name for f in (out / "staged").iterdir()} == {"config.yaml", "stage-1", "stage-2"}
 
 
 @pytest.mark.multi

@@ -7,9 +7,10 @@ from toys import NOTHING
 
 from fewstep import api
 from fewstep.config import parse
-from fewstep.heads import Heads, taps_of
+from fewstep.heads import Heads
 from fewstep.pixels import Pixels, open_pixels
 from fewstep.plan import plan
+from fewstep.taps import taps_of
 
 
 class Tower(nn.Module):

@@ -104,17 +104,28 @@ def test_set_reaches_every_stage_or_the_one_that_is_named(tmp_path):
         ([{}, {"objective": {"segmentz": 2}}], {}, "stages.2: objective.segmentz: unknown option; did you mean segments?"),
         ([3], {}, "stages.1 must hold settings, not 3"),
         ([{}], {"stages": "two"}, "stages must be a list of settings"),
-        ([{"teacher": "previous"}], {}, "stages.1: teacher: there is no stage before this one"),
-        ([], {"teacher": {"path": "x", "net": "previous"}}, "teacher: there is no stage before this one"),
+        (
+            [{"teacher": "previous"}],
+            {},
+            "stages.1: teacher: no stage comes before this one that previous could name; leave it away",
+        ),
+        ([], {"teacher": {"path": "x", "net": "previous"}}, "teacher: no stage comes before this one that previous"),
+        ([{}, {"teacher": "stage-2"}], {}, "stages.2: teacher: no stage comes before this one that stage-2"),
+        ([{}, {"teacher": "stage-0"}], {}, "stages.2: teacher: no stage comes before this one that stage-0"),
+        (
+            [{}, {"teacher": "last"}],
+            {},
+            "stages.2: teacher.net: who teaches is original, previous or an earlier stage by its name",
+        ),
         ([{}, {"teacher": {"path": "x"}}], {}, "stages.2: teacher: the stages of a run share one path"),
-        ([{}, {"student": {"rank": 2}}], {}, "stages.2: student: a LoRA starts from a LoRA of the same rank and alpha"),
-        ([{"student": {"weights": "full"}}, {}], {}, "stages.2: student: a LoRA starts from a LoRA of the same rank"),
+        ([{}, {"student": {"rank": 2}}], {}, "stages.2: student: a LoRA goes on from a LoRA of the same rank and alpha"),
+        ([{"student": {"weights": "full"}}, {}], {}, "stages.2: student: a LoRA goes on from a LoRA of the same rank"),
         (
             [{"objective": {"guidance": [1, 3]}}, {"objective": {"guidance": None}}],
             {"student": {"weights": "full"}},
-            "stages.2: objective: the student of the stage before takes the guidance_scale, which this objective",
+            "stages.2: objective: the student before takes the guidance_scale, which this objective",
         ),
-        ([{"student": {"phases": 2}}, {}], {}, "stages.2: student.phases: 1 cannot start from the 2 of the stage before"),
+        ([{"student": {"phases": 2}}, {}], {}, "stages.2: student.phases: 1 cannot go on from the 2 of a stage before"),
         ([{}, {"student": {"phases": 2}, "teacher": "previous"}], {}, "stages.2: teacher: only a student of one network"),
         (
             [{"objective": {"end_input": True}}, {"objective": {"end_input": True}, "teacher": "previous"}],
@@ -212,13 +223,14 @@ def test_a_run_of_two_stages_goes_on_to_the_bit(setup, whole, tmp_path, lost):
     assert all(weights_of(parts / f"stage-{i}") == weights_of(whole / f"stage-{i}") for i in (1, 2))
 
 
-def test_a_stage_with_a_critic_goes_on_to_the_bit(setup, tmp_path):
-    config, run = setup({"train": {"rounds": 1}}, MATCHED), tmp_path / "run"
+def test_a_stage_with_a_contest_goes_on_to_the_bit(setup, tmp_path):
+    contest = {"teacher": "previous", "objective": {"name": "adversarial_distance", "inner": {"name": "progressive", "steps": 1}}}
+    config, run = setup({"train": {"rounds": 1}}, contest), tmp_path / "run"
     api.train(config, run)
     once = weights_of(run / "stage-2")
     drop(run / "stage-2", 2)
     api.train(config, run, resume=True)
-    assert weights_of(run / "stage-2") == once and "optimizer-critic.safetensors" in once
+    assert weights_of(run / "stage-2") == once and once.keys() >= {"optimizer-critic.safetensors", "heads.safetensors"}
 
 
 def test_a_student_starts_as_the_averaged_one_of_the_stage_before_and_is_taught_by_it(whole):
@@ -229,10 +241,10 @@ def test_a_student_starts_as_the_averaged_one_of_the_stage_before_and_is_taught_
     assert any(not torch.equal(v, left["student"][k]) for k, v in left["ema"].items())
     study = api.open_study(second.config)
     second.begin(study.roles)
-    for name in ("student", "previous"):
+    for name in ("student", "tutor"):
         own = study.roles[name].weights()
         assert own.keys() == left["ema"].keys() and all(torch.equal(v, left["ema"][k]) for k, v in own.items())
-    assert [p.requires_grad for p in study.roles["previous"].parameters()] == [False] * len(own)
+    assert [p.requires_grad for p in study.roles["tutor"].parameters()] == [False] * len(own)
     nets = study.nets(study.roles)
     x, t = torch.randn(2, *study.teacher.latent_shape), torch.tensor([0.3, 1.0], dtype=torch.float64)
     cond = study.teacher.encode(["a", "b"])
@@ -281,6 +293,16 @@ def test_a_lora_goes_on_as_full_weights_that_compute_the_same(setup, tmp_path):
         base = study.player(study.roles["teacher"])(x, t, cond).x0
     torch.testing.assert_close(now, was, rtol=1e-4, atol=1e-4)
     assert (now - base).abs().max() > 1e-2
+
+
+def test_a_stage_may_be_taught_by_an_earlier_one_than_the_last(setup, tmp_path):
+    """Lightning's two contests of a halving: both against the student of the halving before."""
+    parts = stages.stages_of(setup({}, {}, {"teacher": "stage-1"}), tmp_path)
+    first, last = (trained(stage) for stage in parts[:2])
+    study = api.open_study(parts[2].config)
+    parts[2].begin(study.roles)
+    for name, left in (("student", last), ("tutor", first)):
+        assert all(torch.equal(v, left[k]) for k, v in study.roles[name].weights().items())
 
 
 def test_inputs_that_a_stage_adds_start_without_effect(setup, tmp_path):

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import TARGETS, Cond, Denoiser, Guided
 from fewstep.experts import PhasedExperts, hand_over, switches
-from fewstep.heads import Discriminator, Taps
+from fewstep.heads import KINDS, Discriminator
 from fewstep.objectives import Batch, Nets, Objective
 from fewstep.sampling import STEPS, Step, renoise, sample, uniform_grid
 from fewstep.schedules import EDM, DiscreteVP, NoiseSchedule, RectifiedFlow, TrigFlow, like
 from fewstep.stream import stream
+from fewstep.taps import Taps
 
 NOTHING = Cond({})
 
@@ -331,7 +332,7 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     if "heads" in objective.needs.roles:
         learns = heads.backbone == "critic"
         block, width = (players["critic"].mlp[3], 64) if learns else (base.clean, 2)
-        players["heads"] = ToyHeads(width)  # float32, as always
+        players["heads"] = ToyHeads(width * KINDS[heads.kind].eyes)  # float32, as always
         judging = roles["critic"] if learns else teacher
         roles["judge"] = Discriminator(judging, Taps({"tap": block}, (width,)), players["heads"])
     pairs = None

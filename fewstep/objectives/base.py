@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import islice
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser, Guided, Prediction
-from fewstep.heads import Heads
+from fewstep.heads import Heads, Point
 from fewstep.losses import mse
 from fewstep.sampling import Step, rollout
 from fewstep.stream import Stream
@@ -40,6 +40,9 @@ class Judge(Protocol):
     def both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
         """The denoiser's own prediction and the logits, from one pass."""
 
+    def beside(self, points: Sequence[Point], origin: Point | None, cond: Cond) -> list[Tensor]:
+        """Logits (B, K) of each of several points, seen beside the one they came from where heads see both; from one pass."""
+
 
 @dataclass(frozen=True)
 class Nets:
@@ -56,12 +59,25 @@ class Nets:
 
 
 @dataclass(frozen=True)
+class Landing:
+    """Where the student's jump from x_t (B, C, *S) at t (B,) landed at s (B,), with its graph, and where it should have."""
+
+    x_t: Tensor
+    t: Tensor
+    x_s: Tensor
+    target: Tensor
+    s: Tensor
+
+
+@dataclass(frozen=True)
 class Losses:
-    """Per-sample terms (B,) whose sum is minimised in the mean, scalars to log, and the student's sample with its graph."""
+    """Per-sample terms (B,) whose sum is minimised in the mean, scalars to log, and the student's sample with its graph. landing:
+    of an objective that `lands`, what its terms measure the distance of."""
 
     terms: dict[str, Tensor]
     stats: dict[str, Tensor] = field(default_factory=dict)
     sample: Tensor | None = None
+    landing: Landing | None = None
 
     @property
     def total(self) -> Tensor:
@@ -94,7 +110,7 @@ class Needs:
     teacher's own samples have; which heads, where "heads" is among the roles; and what the student's network takes besides
     (`embedders`: "guidance_scale", "end_time"). phases: how many experts the student must be, if not one network; restarts: the
     roles that some turn starts afresh; rounds: below how many of them the method would end unfinished; average: decay of
-    a moving average of the student to ask for targets."""
+    a moving average of the student to ask for targets; partly: some turn asks a part of its player alone."""
 
     roles: tuple[str, ...] = ()
     images: bool = False
@@ -105,6 +121,7 @@ class Needs:
     restarts: tuple[str, ...] = ()
     rounds: int = 1
     average: float | None = None
+    partly: bool = False
 
 
 class Objective(ABC):
@@ -115,6 +132,7 @@ class Objective(ABC):
 
     steps: int
     sampler: str | None
+    lands: ClassVar[bool] = False  # whether its student's losses say where the student landed
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a field may hold an objective
 
     @property

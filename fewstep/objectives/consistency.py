@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Prediction
 from fewstep.losses import mse, pseudo_huber
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.sampling import ddim
 from fewstep.schedules import like
 from fewstep.stream import Stream
@@ -33,6 +33,7 @@ class Consistency(Objective):
     grid point is 7e-6); w is embedded through a layer that starts at zero, not at random.
     """
 
+    lands: ClassVar[bool] = True
     steps: int = 4
     sampler: str | None = None
     segments: int | None = None
@@ -65,7 +66,8 @@ class Consistency(Objective):
         i = 1 + rng.integers(self.solver_steps, len(batch.latents))
         g = scales(self.guidance, len(i), rng)
         landed, target, prediction = pair(nets, batch, rng, times[i], times[i - 1], edges[i], g=g)
-        return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0)
+        landing = Landing(prediction.x_t.detach(), times[i], landed, target, edges[i])
+        return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0, landing)
 
 
 def check_grid(steps: int, segments: int, solver_steps: int) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
 from fewstep.losses import mse, snr_weight
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.consistency import check_scales, scales, solver_times
 from fewstep.sampling import ddim
 from fewstep.schedules import like
@@ -21,7 +21,7 @@ from fewstep.stream import Stream
 class Progressive(Objective):
     """At a deployed time t the student predicts the x0 whose DDIM jump to the next time s lands where `factor` DDIM steps of the
     teacher land. Salimans and Ho 2022, arXiv 2202.00512, algorithm 2; with factor 4 the first stage of SDXL-Lightning, arXiv
-    2402.13929. One halving a run: the next one starts from its export as the teacher.
+    2402.13929. One halving a stage: the next one is taught by its student (`teacher: previous`).
 
     steps: of the deployed student; the teacher takes factor * steps. guidance: range of scales fed to the student's network and
     to a teacher that takes them, which is stage 2 of Meng et al. 2022 (arXiv 2210.03142); a teacher that takes none is guided at
@@ -29,6 +29,7 @@ class Progressive(Objective):
     Deviation: the teacher's times divide a deployed step in equal parts of t, which are its own times where those are uniform.
     """
 
+    lands: ClassVar[bool] = True
     steps: int = 4
     sampler: str | None = "ddim"
     factor: int = 2
@@ -62,4 +63,5 @@ class Progressive(Objective):
         target = (z - like(ratio, z) * x_t) / like(alpha_s - ratio * alpha, z)
         prediction = nets.student(x_t, t, batch.cond, g=g)
         loss = mse(prediction.x0, target)
-        return Losses({"progressive": snr_weight(alpha, sigma).to(loss) * loss}, {}, prediction.x0)
+        landing = Landing(x_t, t, ddim(schedule, prediction, s, rng), z, s)
+        return Losses({"progressive": snr_weight(alpha, sigma).to(loss) * loss}, {}, prediction.x0, landing)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.consistency import check_grid, check_scales, distance, first_of_segment, pair, scales, solver_times
 from fewstep.stream import Stream
 
@@ -23,9 +23,10 @@ class TCD(Objective):
     only, since no stock pipeline tells it. Images (latents) are needed.
     Deviations: jumps are of first order (the papers' default); the deployed steps are `ddim` (gamma 0) or `renoise` (gamma 1),
     since the stock TCDScheduler ends at its table's first level and not at clean; TSCD's adversarial part of the distance is the
-    wrapper `adversarial` around this.
+    wrapper `adversarial_distance` around this.
     """
 
+    lands: ClassVar[bool] = True
     steps: int = 4
     sampler: str | None = None
     segments: int = 1
@@ -56,4 +57,5 @@ class TCD(Objective):
         end = times[edge + (rng.uniform(len(i)) * (i - edge)).long()]
         g = scales(self.guidance, len(i), rng)
         landed, target, prediction = pair(nets, batch, rng, times[i], times[i - 1], end, g=g, r=end if self.end_input else None)
-        return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0)
+        landing = Landing(prediction.x_t.detach(), times[i], landed, target, end)
+        return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0, landing)

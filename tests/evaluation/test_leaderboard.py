@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.config import parse
+
 EVAL = Path(__file__).parents[2] / "eval"
 
 
@@ -101,3 +103,15 @@ def test_a_file_with_rows_that_is_no_results_file_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"rows": [{"steps": 1}]}')
     with pytest.raises(ValueError, match="a.json"):
         leaderboard.render(tmp_path)
+
+
+def test_the_costs_of_a_run_of_stages_are_those_of_all(tmp_path):
+    tree = {"teacher": {"path": "x"}, "objective": {"name": "dmd"}, "data": {"prompts": "y"}, "stages": [{}, {}]}
+    (tmp_path / "config.yaml").write_text(parse(tree).dump())
+    for i in (1, 2):
+        (tmp_path / f"stage-{i}").mkdir()
+        lines = [{"round": k, "seconds": 2.0 * k, "cpu_seconds": 1.0 * k, "passes/student": i} for k in (1, 2)]
+        (tmp_path / f"stage-{i}/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    log = list(distill.chain(tmp_path))
+    assert [(r["round"], r["seconds"], r["cpu_seconds"]) for r in log] == [(1, 2, 1), (2, 4, 2), (1, 6, 3), (2, 8, 4)]
+    assert distill.costs([log])["train_seconds"] == [8.0]

@@ -1,0 +1,150 @@
+"""A contest between where the student lands and where it should: who is shown what, and what is learned from it."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from products import VAR, N, Optimum, batch, exact
+from toys import SCHEDULES, Gaussian, denoiser, game, gaussian
+
+from fewstep.losses import CONTESTS, flat_mean
+from fewstep.objectives.adversarial_distance import AdversarialDistance
+from fewstep.objectives.consistency import Consistency
+from fewstep.objectives.dmd import DMD
+from fewstep.objectives.progressive import Progressive
+from fewstep.objectives.tcd import TCD
+from fewstep.sampling import ddim, uniform_grid
+from fewstep.schedules import like
+from fewstep.stream import stream
+
+KINDS = [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")]
+INNER = [Progressive(steps=4), Consistency(steps=4, solver_steps=20), TCD(steps=4, solver_steps=20)]
+
+
+@dataclass
+class Judge:
+    """A judge with a known logit that keeps what it was shown."""
+
+    points: list = field(default_factory=list)
+    origins: list = field(default_factory=list)
+
+    def beside(self, points, origin, cond):
+        self.points.append(points)
+        self.origins.append(origin)
+        return [self.logit(x, origin) for x, _ in points]
+
+    def logit(self, x, origin):
+        """The inner product of both points, or the sum of the one."""
+        return (x if origin is None else x * origin[0]).sum(1, keepdim=True)
+
+
+def shown(objective, student, teacher, turn):
+    """(what a turn loses, the judge with what it saw)."""
+    torch.manual_seed(0)
+    judge = Judge()
+    nets = replace(game(student, teacher, grid=uniform_grid(objective.steps)), judge=judge)
+    return objective.round(0)[turn].loss(nets, batch(), stream(0, 0, 0, 0)), judge, nets
+
+
+def other(name, target):
+    """A student that is not at its optimum."""
+    return gaussian([0.1, 0.3], [0.5, 0.6], SCHEDULES[name], target)
+
+
+@pytest.mark.parametrize("inner", INNER, ids=lambda i: type(i).__name__)
+@pytest.mark.parametrize("name, target", KINDS)
+def test_landings_are_judged_where_they_are_and_clean_ones_under_noise(name, target, inner):
+    schedule = SCHEDULES[name]
+    objective = AdversarialDistance(inner=inner, low=0.02, high=0.6)
+    losses, judge, nets = shown(objective, other(name, target), exact(name, target), 0)
+    ((real, t), (fake, same)) = judge.points[0]
+    x_t, start = judge.origins[0]
+    landing = losses.landing
+    assert torch.equal(t, same) and torch.equal(x_t, landing.x_t) and torch.equal(start, landing.t) and (start > landing.s).all()
+    jumped = ddim(schedule, nets.student(x_t, start, batch().cond), landing.s, stream(0, 0, 0, 0))
+    torch.testing.assert_close(landing.x_s, jumped, rtol=1e-5, atol=1e-5)
+    clean = landing.s == 0
+    assert 0 < clean.sum() < N and (landing.s[~clean] >= 0.02).all()
+    assert torch.equal(t[~clean], landing.s[~clean]) and (t[clean] >= 0.02).all() and (t[clean] <= 0.6).all()
+    for seen, landed in ((real, landing.target), (fake, landing.x_s)):
+        assert torch.equal(seen[~clean], landed[~clean])
+        alpha, sigma = (like(c, landed) for c in schedule.alpha_sigma(t))
+        noise = ((seen - alpha * landed) / sigma)[clean].detach()
+        assert abs(noise.mean()) < 0.3 and 0.7 < noise.std() < 1.3
+    left = ((real - fake) / like(schedule.alpha_sigma(t)[0], real) - (landing.target - landing.x_s))[clean]
+    assert left.abs().min() > 1e-6  # real and fake have noise of their own
+
+
+@pytest.mark.parametrize("name, target", KINDS)
+def test_heads_cannot_tell_a_student_that_lands_where_its_teacher_does(name, target):
+    """consistency.md 10.3: with student = teacher D is at a half; here what is shown is the very same."""
+    inner = Progressive(steps=4)
+    optimum = Optimum(Consistency(steps=4, solver_steps=8), SCHEDULES[name], uniform_grid(4))
+    losses, judge, _ = shown(AdversarialDistance(inner=inner), denoiser(optimum, SCHEDULES[name], target), exact(name, target), 0)
+    (real, _), (fake, _) = judge.points[0]
+    noisy = losses.landing.s > 0
+    torch.testing.assert_close(real[noisy], fake[noisy], rtol=1e-5, atol=1e-5)
+    losses, judge, _ = shown(AdversarialDistance(inner=inner), other(name, target), exact(name, target), 0)
+    assert (judge.points[0][0][0] - judge.points[0][1][0])[noisy].abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("rules", CONTESTS)
+def test_both_sides_lose_what_the_rules_say_and_the_distance_is_weighed(rules):
+    inner = Progressive(steps=4)
+    plain, _, _ = shown(AdversarialDistance(inner=inner), other("flow", "flow"), exact("flow", "flow"), -1)
+    for distance in (0.0, 0.3):
+        objective = AdversarialDistance(inner=inner, distance=distance, weight=0.7, loss=rules, judge_turns=2)
+        losses, judge, nets = shown(objective, other("flow", "flow"), exact("flow", "flow"), -1)
+        seen = [judge.logit(x, judge.origins[0]) for x, _ in judge.points[0]]
+        assert len(seen) == (2 if CONTESTS[rules].pairs else 1)
+        torch.testing.assert_close(losses.terms["adversary"], 0.7 * flat_mean(CONTESTS[rules].student(seen[0], seen[-1])))
+        assert losses.terms.keys() == ({"adversary", "progressive"} if distance else {"adversary"})
+        if distance:
+            torch.testing.assert_close(losses.terms["progressive"], distance * plain.terms["progressive"])
+        grads = torch.autograd.grad(losses.total, list(nets.student.net.parameters()))
+        assert any(g.abs().max() > 0 for g in grads)
+    first, second, last = objective.round(0)
+    assert first.movers == second.movers == ("critic", "heads") and last.movers == ("student",)
+    losses, judge, nets = shown(objective, other("flow", "flow"), exact("flow", "flow"), 0)
+    real, fake = (judge.logit(x, judge.origins[0]) for x, _ in judge.points[0])
+    torch.testing.assert_close(losses.terms["judge"], flat_mean(CONTESTS[rules].judge(real, fake)))
+    assert not losses.terms["judge"].requires_grad  # nobody's here: the judge has no weights, and the student is not asked
+
+
+def test_only_conditional_heads_are_shown_where_the_jump_began():
+    for conditional in (True, False):
+        objective = AdversarialDistance(inner=Progressive(steps=4), conditional=conditional)
+        for turn in (0, 1):
+            _, judge, _ = shown(objective, other("flow", "flow"), exact("flow", "flow"), turn)
+            assert (judge.origins[0] is not None) == conditional
+        assert objective.needs.heads.kind == ("beside" if conditional else "dmd2")
+        assert objective.needs.roles == ("critic", "heads") and objective.needs.images
+
+
+@pytest.mark.parametrize("name, target", KINDS)
+def test_the_right_law_on_wrong_trajectories_is_found_out_by_conditional_heads_alone(name, target):
+    """A student that lands at -x where its teacher, of a law that is its own mirror image, lands at x."""
+    schedule, inner = SCHEDULES[name], Progressive(steps=1, factor=4)
+    teacher = gaussian([0.0, 0.0], VAR.tolist(), schedule, target)
+    optimum = Optimum(Consistency(steps=1, solver_steps=4), schedule, (1.0,), mean=torch.zeros(2).double())
+    mirrored = denoiser(Gaussian([0.0, 0.0], [1.0, 1.0], lambda a, s, v: -optimum.factors[-1]), schedule, target)
+    found = {}
+    for conditional in (True, False):
+        objective = AdversarialDistance(inner=inner, conditional=conditional, low=0.05, high=0.1)
+        losses, judge, _ = shown(objective, mirrored, teacher, 0)
+        found[conditional] = float(losses.stats["accuracy"])
+        (real, _), (fake, _) = judge.points[0]
+    assert found[True] > 0.9 and abs(found[False] - 0.5) < 0.1
+    torch.testing.assert_close(real.var(0), fake.var(0), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("inner", [DMD(steps=1), AdversarialDistance()], ids=["dmd", "itself"])
+def test_what_does_not_land_is_refused(inner):
+    with pytest.raises(ValueError, match="inner: .* has no landing to judge; wrap progressive, consistency or tcd"):
+        AdversarialDistance(inner=inner)
+
+
+@pytest.mark.parametrize("wrong", [{"judge_turns": 0}, {"weight": 0.0}, {"distance": -1.0}])
+def test_weights_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match="judge_turns must be at least 1, weight positive, and distance not negative"):
+        AdversarialDistance(**wrong)
