@@ -14,6 +14,10 @@ from fewstep.adapters import Teacher, teacher_folder
 from fewstep.schedules import RectifiedFlow
 
 COMFY = {"renoise": "lcm", "ddim": "euler"}  # ComfyUI's names of our samplers
+PLACES = {  # where a LoRA goes that is not for Diffusers
+    "comfyui": "In ComfyUI the LoRA goes into `models/loras`; load it with `LoraLoaderModelOnly`",
+    "kohya": "kohya's tools (sd-scripts, musubi-tuner) load the LoRA by its path",
+}
 LICENSE = ("license", "license_name", "license_link")
 
 
@@ -66,13 +70,12 @@ def _summary(facts: dict[str, Any]) -> str:
 
 
 def _use(facts: dict[str, Any], name: str) -> str:
-    """The lines that run it, or where the file goes whose names stock Diffusers does not read."""
-    lora = facts.get("lora") or {"reader": "", "layout": ""}
-    if lora["reader"] != "keys":
+    """The lines that run it, where stock Diffusers reads its names."""
+    if facts["form"] == "full" or facts["lora"]["reader"] != "keys":
         return f"```python\n{snippet(facts, name)}```"
-    where = {"comfyui": "ComfyUI: put it into `models/loras` and load it with `LoraLoaderModelOnly`, strength 1.0"}
-    tools = where.get(lora["layout"], "ComfyUI (`models/loras`, strength 1.0) and kohya's tools")
-    return f"`{lora['file']}` is for {tools}. Diffusers does not read its names: export with `--format diffusers` for that."
+    return (
+        f"`{facts['lora']['file']}` is for other tools: Diffusers does not read its names (`--format diffusers` exports those)."
+    )
 
 
 def snippet(facts: dict[str, Any], name: str) -> str:
@@ -118,6 +121,7 @@ def _hints(facts: dict[str, Any]) -> str:
         number = len(facts["experts"]["files"])
         lines.append(f"`phased.py`, in this folder, hands over between {number} experts; the next ones begin at {begins}.")
     if facts["form"] == "lora":
+        lines += [f"{PLACES[layout]}." for layout in PLACES if layout == facts["lora"]["layout"]]
         lines.append("The LoRA's alpha equals its rank: strength 1.0 is right in every reader.")
     lines.append("`fewstep verify` on this folder proves all of it in a fresh process.")
     return "\n".join(f"- {line}" for line in lines)

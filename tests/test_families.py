@@ -46,6 +46,7 @@ def test_a_lora_under_other_names_is_what_was_trained(teachers, name, layout, tm
     card = (to / "README.md").read_text()
     assert "load_lora_weights" not in card and "alpha equals its rank" in card
     assert ("PeftModel" if layout == "peft" else "Diffusers does not read its names") in card
+    assert ("`models/loras`" in card) == (layout == "comfyui") and ("sd-scripts" in card) == (layout == "kohya")
 
 
 @pytest.mark.parametrize(("name", "scale"), [("flux", 3.5), ("flux2", 4.0)])
