@@ -71,10 +71,10 @@ def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
 
     def turn(number: int, i: int, kind: Any, update: bool = True) -> None:
         rng = stream(0, 0, number, i)
-        cond, *_ = source.draw(BATCH, rng.child("data"))
+        cond, shape, *_ = source.draw(BATCH, rng.child("data"))
         for name, player in players.items():
             player.role.requires_grad_(name == kind.player)
-        losses = kind.loss(nets, Batch(cond, (BATCH, *source.shape)), rng)
+        losses = kind.loss(nets, Batch(cond, shape), rng)
         if update:
             losses.total.backward()
             players[kind.player].update(1e-5, 1.0)
@@ -91,8 +91,8 @@ def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
     saved = {}
     for name, kind in kinds.items():
         saved[name] = saved_bytes(lambda kind=kind: turn(0, 0, kind, update=False))
-    cond, *_ = source.draw(2 * BATCH, stream(0, 0, 0, 0))
-    x, t = torch.randn(2 * BATCH, *source.shape), torch.full((2 * BATCH,), 0.5, dtype=torch.float64)
+    cond, shape, *_ = source.draw(2 * BATCH, stream(0, 0, 0, 0))
+    x, t = torch.randn(shape), torch.full((2 * BATCH,), 0.5, dtype=torch.float64)
 
     def bare(name: str, n: int, grad: bool) -> None:
         study.roles[name].requires_grad_(grad)

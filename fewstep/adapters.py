@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -18,6 +18,7 @@ from fewstep.deploy import falling, seen_times
 from fewstep.families import Family, Setting, bare, family_of, make_scheduler, net_config, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.schedules import NoiseSchedule
+from fewstep.shapes import sizes_of
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,18 @@ class Teacher:
     def resolution(self) -> tuple[int, int]:
         """(height, width) in pixels of a picture."""
         return self.setting.size[-2], self.setting.size[-1]
+
+    def at(self, size: tuple[int, ...]) -> Teacher:
+        """The same teacher, asked for pictures of another size."""
+        return replace(self, setting=replace(self.setting, size=size))
+
+    def sizes(self, aspect: float) -> tuple[tuple[int, ...], ...]:
+        """Its own size and others of about that area; see `shapes.sizes_of`."""
+        return sizes_of(self.family, net_config(self.net), _vae_config(self.pipe), self.setting.size, aspect)
+
+    def resized(self, cond: Cond) -> Cond:
+        """Conditions that were made for another size, for this one."""
+        return self.family.resized(cond, self.setting)
 
     def call(self, scale: float) -> dict[str, Any]:
         """Keyword arguments under which the stock pipeline draws such pictures at this scale of guidance (1 = none)."""

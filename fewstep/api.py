@@ -197,6 +197,7 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
         images=config.data.images,
         images_needed=config.objective.needs.images,
         pairs=study.pairs(),
+        aspect=config.data.aspect,
         cache=default_cache(),
         progress=True,
     )
@@ -204,7 +205,7 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
     if accelerator.is_main_process:
         store(whole, folder)
     identity = {"grid": list(study.grid), "sampler": study.sampler}
-    preview = study.preview(source.cond[:8], stage.folder / "grids")
+    preview = study.preview(study.teacher.resized(source.first(8)), stage.folder / "grids")
     fit(
         Job(config.objective, study.roles, study.nets, source, stage.settings, stage.folder, identity, preview),
         resume=resume,

@@ -62,12 +62,15 @@ class DataConfig(_Strict):
     """Exactly one of: prompts (zoo:sprites or a .txt, .jsonl, .csv file), images (zoo:sprites, or captioned images: a folder,
     webdataset shards, parquet files of a Hugging Face dataset; shards and files by folder, by name or by pattern).
 
-    pairs: how many samples of the teacher's to learn from, drawn once for prompts in pairs_steps steps; they are images, too."""
+    pairs: how many samples of the teacher's to learn from, drawn once for prompts in pairs_steps steps; they are images, too.
+    aspect: how many times as long as the other a side may be; 1: all pictures have teacher.size. Above, a batch has one of the
+    shapes of about that area: the one nearest to its images' own, or any for prompts."""
 
     prompts: str | None = None
     images: str | None = None
     pairs: int = Field(0, ge=0)
     pairs_steps: int = Field(50, ge=1)
+    aspect: float = Field(1.0, ge=1)
 
 
 class Config(_Strict):
@@ -176,6 +179,10 @@ def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
         raise ValueError("data needs exactly one of prompts and images, as in data: {prompts: zoo:sprites}")
     if config.data.pairs and config.data.images is not None:
         raise ValueError("data.pairs are drawn by the teacher for data.prompts; give those in place of data.images")
+    if config.data.aspect > 1:
+        from fewstep.shapes import check_aspect  # it knows Diffusers, which takes seconds to import
+
+        check_aspect(config.teacher.path)
     needs, name = config.objective.needs, name_of(config.objective)
     if needs.inputs and config.student.weights != "full":
         raise ValueError(

@@ -32,9 +32,13 @@ class Cond:
         return Cond({k: v.expand(n, *v.shape[1:]) for k, v in self.tensors.items()})
 
     def where(self, keep: Tensor, other: Cond) -> Cond:
-        """Row i where keep[i] (B,) is true, row i of `other` elsewhere."""
+        """Row i where keep[i] (B,) is true, row i of `other` elsewhere; what `other` lacks stays."""
         mine = {k: keep.to(v.device).reshape(-1, *([1] * (v.ndim - 1))) for k, v in self.tensors.items()}
-        return Cond({k: torch.where(mine[k], v, other.tensors[k]) for k, v in self.tensors.items()})
+        return Cond({k: torch.where(mine[k], v, other.tensors.get(k, v)) for k, v in self.tensors.items()})
+
+    def without(self, null: Cond, n: int) -> Cond:
+        """These n conditions with what `null` (leading axis 1) says of "no prompt"; the rest, such as a picture's size, stays."""
+        return Cond({**self.tensors, **null.expand(n).tensors})
 
 
 def cat(conds: Sequence[Cond]) -> Cond:
@@ -195,8 +199,8 @@ class Guided:
     """Classifier-free guidance as a wrapper: u + scale (c - u), both halves in one batch. Scale 1 is no guidance, scale 0 no
     prompt; either is one half alone.
 
-    null: the condition (leading axis 1) that the teacher's own pipeline uses for "no prompt". renorm: what some pipelines make of
-    a guided output, (the network's conditional output, the guided one) -> output."""
+    null: the condition (leading axis 1) that the teacher's own pipeline uses for "no prompt", see `Cond.without`. renorm: what
+    some pipelines make of a guided output, (the network's conditional output, the guided one) -> output."""
 
     denoiser: Denoiser
     scale: float
@@ -210,7 +214,7 @@ class Guided:
     def both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Prediction]:
         """(conditional, unconditional) predictions from one call of the network."""
         n = len(x_t)
-        joint = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cat([cond, self.null.expand(n)]))
+        joint = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cat([cond, cond.without(self.null, n)]))
         parts = [torch.split(v, n) for v in (joint.x0, joint.eps, joint.alpha, joint.sigma)]
         return Prediction(*(p[0] for p in parts)), Prediction(*(p[1] for p in parts))
 
@@ -219,7 +223,7 @@ class Guided:
         if g is None and self.scale == 1:
             return self.denoiser(x_t, t, cond)
         if g is None and self.scale == 0:
-            return self.denoiser(x_t, t, self.null.expand(len(x_t)))
+            return self.denoiser(x_t, t, cond.without(self.null, len(x_t)))
         return self.mixed(x_t, t, *self.both(x_t, t, cond), g=g)
 
     def mixed(self, x_t: Tensor, t: Tensor, c: Prediction, u: Prediction, *, g: Tensor | None = None) -> Prediction:

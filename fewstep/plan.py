@@ -15,6 +15,7 @@ from fewstep.families import Family, family_of, make_scheduler, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.networks import build, gather, heads_role
 from fewstep.pixels import pixels_role
+from fewstep.shapes import sizes_of
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def plan(config: Config) -> dict[str, Any]:
         seen = seen_times(kind, family, net, vae, make_scheduler(family, scheduler.config, sampler), n, setting)
         falling(schedule, seen, n)
         grids[str(n)] = [round(x, 3) for x in seen]
+    sizes = sizes_of(family, dict(net.config), dict(vae.config) if vae else {}, setting.size, config.data.aspect)
     base = sum(p.numel() for p in net.parameters())
     roles = gather(build(net, config.kinds(), lora_targets=family.lora_targets), config.phases, family.call)
     if "heads" in config.objective.needs.roles:
@@ -59,6 +61,7 @@ def plan(config: Config) -> dict[str, Any]:
         "teacher": f"{config.teacher.path} ({name}, {base / 1e6:.2f} M parameters)",
         "sampler": f"{sampler} ({family.samplers[sampler][0]})",
         "grid (network times)": grids,
+        "sizes": [list(size) for size in sizes],
         "trained parameters": trained,
         "memory, weights (MiB)": round(memory / 2**20, 1),
         "disk, a checkpoint (MiB)": round(disk / 2**20, 1),

@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from fewstep import checkpoint
-from fewstep.data import Source
+from fewstep.data import Buckets, Source
 from fewstep.ema import Ema
 from fewstep.experts import PhasedExperts
 from fewstep.monitor import Monitor
@@ -74,7 +74,7 @@ class Job:
     objective: Objective
     roles: dict[str, Role | PhasedExperts]
     nets: Callable[[Mapping[str, nn.Module]], Nets]
-    source: Source
+    source: Source | Buckets
     settings: Settings
     folder: Path
     identity: dict[str, Any] = field(default_factory=dict)
@@ -163,9 +163,9 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
         for round_ in bar:
             for i, turn in enumerate(job.objective.round(round_)):
                 rng = stream(settings.seed, accelerator.process_index, round_, i, device)
-                cond, *known = job.source.draw(settings.batch, rng.child("data"))
+                cond, shape, *known = job.source.draw(settings.batch, rng.child("data"))
                 latents, noise = (None if x is None else x.to(device) for x in known)
-                batch = Batch(cond.to(device), (settings.batch, *job.source.shape), latents, noise)
+                batch = Batch(cond.to(device), shape, latents, noise)
                 for name, player in players.items():
                     player.role.requires_grad_(name in turn.movers)
                 if turn.fresh:

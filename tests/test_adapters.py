@@ -76,11 +76,13 @@ class Draws:
         return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
 
 
-def ours(teacher, noise, times, sampler="ddim", guidance=1.0, rng=None, words=WORDS):
-    """(every latent, the times fed) of our own walk."""
-    denoiser = teacher.guided(teacher.net, guidance)
+def ours(teacher, noise, times, sampler="ddim", guidance=1.0, rng=None, words=WORDS, made_at=None):
+    """(every latent, the times fed) of our own walk; made_at: of whose size the conditions are, which then are resized."""
+    made_at = made_at or teacher
+    denoiser = teacher.guided(teacher.net, guidance, made_at.null())
+    cond = teacher.resized(made_at.encode(words))
     with torch.no_grad(), Times(teacher.net) as seen:
-        visits = list(rollout(denoiser, noise, times, teacher.encode(words), step=STEPS[sampler], rng=rng or stream(0, 0, 0, 0)))
+        visits = list(rollout(denoiser, noise, times, cond, step=STEPS[sampler], rng=rng or stream(0, 0, 0, 0)))
     return [v.x_s for v in visits], seen
 
 
@@ -131,6 +133,20 @@ def test_every_latent_is_the_pipelines_own(teachers, name, steps, guidance):
         # Of the largest: where alpha is 0.006 guided latents are hundreds, and what is left of them is rounded by as much.
         torch.testing.assert_close(seen(teacher, a, b), b, rtol=1e-5, atol=1e-5 * max(1.0, float(b.abs().max())))
     assert times == pytest.approx(list(dict.fromkeys(fed)), rel=1e-6, abs=1e-6)  # some pipelines guide in two passes
+
+
+@pytest.mark.parametrize("name", FROM_WORDS)
+def test_at_another_shape_it_is_the_pipelines_walk_at_that_shape(teachers, name):
+    """Wide and tall: conditions made for the teacher's own size are resized, and the null condition takes their size."""
+    sizes = [size for size in teachers[name].sizes(4.0)[1:] if not any(side % 16 for side in size[-2:])]  # as pipelines want it
+    for size in {sizes[0], sizes[-1]}:
+        teacher = teachers[name].at(size)
+        noise = torch.randn(2, *teacher.latent_shape)
+        guidance = 1.0 if name in EMBEDDED else 4.0
+        theirs, _ = stock(teacher, noise, 2, guidance=guidance)
+        found, _ = ours(teacher, noise, teacher.grid(2, "ddim"), guidance=guidance, made_at=teachers[name])
+        for a, b in zip(found, theirs, strict=True):
+            torch.testing.assert_close(seen(teacher, a, b), b, rtol=1e-5, atol=1e-5 * max(1.0, float(b.abs().max())))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 MATH = {"schedules", "losses", "divergences", "stream"}
 DENOISER = MATH | {"denoiser"}
 PARTS = {"sampling", "times", "taps", "heads", "experts", "matched", "tangents"}
-TEACHER = {"families", "folders", "deploy", "adapters"}
+TEACHER = {"families", "folders", "shapes", "deploy", "adapters"}
 SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "lorafiles", "mixture", "phased", "strength", "proof", "export"}
 LOOP = {"trainer", "ema", "checkpoint", "advice", "costs", "monitor", "progress"}
 COMMANDS = {"plan", "drawing", "judging", "listing", "doctor", "push", "demo"}
@@ -48,6 +48,7 @@ MAY_IMPORT = {
     # side doors: they know Diffusers, and nothing of objectives and the trainer
     "families": DENOISER | PARTS,
     "folders": {"zoo"},
+    "shapes": {"families", "folders"},
     "deploy": DENOISER | PARTS | {"families"},
     "adapters": DENOISER | PARTS | TEACHER | {"zoo", "embedders"},
     "networks": DENOISER | PARTS | TEACHER | {"embedders"},
@@ -71,7 +72,7 @@ MAY_IMPORT = {
     "pixels": {"denoiser", "evaluation", "heads", "networks"},
     # where all is joined
     "plain": {"objectives"},
-    "config": DENOISER | PARTS | {"objectives", "networks", "trainer", "plain", "embedders"},
+    "config": DENOISER | PARTS | {"objectives", "networks", "trainer", "plain", "embedders", "shapes"},
     "stages": {"checkpoint", "config", "experts", "loraformat", "networks", "trainer"},
     "api": DENOISER
     | PARTS

@@ -21,10 +21,12 @@ CASES = [
     ("sd", "full", "adversarial"),
     ("sd", "lora", "critic-added"),
     ("sd", "lora", "phased"),
+    ("sd", "lora", "shapes-dmd"),
 ]
 DMD = {"name": "dmd", "steps": 2, "critic_turns": 1}
 OBJECTIVES = {
     "dmd": DMD,
+    "shapes-dmd": DMD,
     "adversarial": {"name": "adversarial", "inner": DMD},
     "phased": {"name": "phased_dmd", "steps": 2, "critic_turns": 1, "phase_rounds": 2},
     "landing": {"name": "adversarial_distance", "inner": {"name": "progressive", "steps": 2}},
@@ -51,7 +53,9 @@ def config(teacher, weights, objective, folder, **train):
             "student": {"weights": weights, "rank": 2},
             "critic": {"weights": weights, "rank": 2},
             "objective": OBJECTIVES[objective],
-            "data": {"prompts": f"{folder}/prompts.txt"} if objective in ("dmd", "phased") else {"images": f"{folder}/images"},
+            "data": {"prompts": f"{folder}/prompts.txt", "aspect": 2.0 if objective == "shapes-dmd" else 1.0}
+            if objective.endswith(("dmd", "phased"))
+            else {"images": f"{folder}/images"},
             "train": settings,
             "stages": [{}, {"teacher": "previous", "objective": {"conditional": False}}] if objective == "landing" else [],
         }
@@ -73,7 +77,7 @@ class Interrupted:
     """A source that sends its own process Ctrl-C at its n-th draw."""
 
     def __init__(self, source, n):
-        self.source, self.left, self.shape = source, n, source.shape
+        self.source, self.left = source, n
 
     def draw(self, n, rng):
         self.left -= 1

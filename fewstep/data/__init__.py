@@ -5,9 +5,10 @@ from fewstep.data.fingerprint import fingerprint
 from fewstep.data.images import ImageSet, read_images
 from fewstep.data.pairs import Pairs
 from fewstep.data.prompts import read_prompts
-from fewstep.data.source import Source, open_source
+from fewstep.data.source import Buckets, Source, open_source
 
 __all__ = [
+    "Buckets",
     "ImageSet",
     "Pairs",
     "Source",

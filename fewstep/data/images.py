@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.data import shards, tables
 from fewstep.data.cache import cached
-from fewstep.data.pictures import DAMAGE, SUFFIXES, Picture, decode, fit
+from fewstep.data.pictures import DAMAGE, SUFFIXES, Picture, decode, fit, nearest
 from fewstep.data.prompts import prompt_of, read_jsonl, read_text
 
 METADATA = "metadata.jsonl"
@@ -34,15 +34,38 @@ ZOO_SEED, ZOO_CHUNK, ZOO_COUNT = 60_000, 4096, 8192
 class ImageSet:
     """Captioned images that are known to decode: files (or places in them), or pixels (N, H, W, 3) uint8.
 
-    digest: hash of their content, in order."""
+    digest: hash of their content, in order; of files, digests holds each one's and sizes its (height, width)."""
 
     captions: tuple[str, ...]
     digest: str
     files: tuple[Picture, ...] = ()
+    digests: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
     pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def rows_nearest(self, shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """For each of the shapes (height, width), the images that lose least in it."""
+        found: list[list[int]] = [[] for _ in shapes]
+        for i in range(len(self)):
+            found[nearest(self.sizes[i] if self.pixels is None else self.pixels.shape[1:3], shapes)].append(i)
+        return found
+
+    def part(self, rows: Sequence[int]) -> ImageSet:
+        """Some of the images, in order; all of them are this very set."""
+        if len(rows) == len(self):
+            return self
+        assert self.pixels is None  # these are of one shape
+        digests = tuple(self.digests[i] for i in rows)
+        return ImageSet(
+            tuple(self.captions[i] for i in rows),
+            _joint(digests),
+            tuple(self.files[i] for i in rows),
+            digests,
+            tuple(self.sizes[i] for i in rows),
+        )
 
     def load(self, indices: Sequence[int], resolution: tuple[int, int]) -> np.ndarray:
         """Images (n, h, w, 3) uint8, cut to the shape of resolution (height, width) about the centre, then resized (Lanczos).
@@ -63,11 +86,12 @@ class ImageSet:
             return np.stack(list(pool.map(one, indices)))
 
 
-def read_images(source: str, resolution: tuple[int, int], *, captioned: bool = True, cache: Path | None = None) -> ImageSet:
+def read_images(source: str, *shapes: tuple[int, int], captioned: bool = True, cache: Path | None = None) -> ImageSet:
     """The images of zoo:sprites, of a folder (png, jpg, webp, with captions in metadata.jsonl or in a .txt beside each), of
     webdataset shards (.tar) or of parquet files: a folder of them, one, or a pattern such as data/train-*.parquet.
 
-    Every image is decoded once; those that cannot be are left out with a warning. captioned False: a missing caption is "".
+    Every image is decoded once; those that cannot be are left out with a warning. shapes: the (height, width) that all are to be
+    cut to, or several, of which each gets the nearest; smaller images bring a warning. captioned False: a missing caption is "".
     cache: where to keep what was learned of them; the same images in the same order are the same set, however they are stored.
     Raises ValueError for a source without images, or captions, and for one of which more than half cannot be decoded."""
     if source.startswith("zoo:"):
@@ -90,11 +114,17 @@ def read_images(source: str, resolution: tuple[int, int], *, captioned: bool = T
         if len(bad) > len(kept):
             raise ValueError(f"{said} {first}: more than half, so something made them wrong; save them again as PNG or JPEG")
         warnings.warn(f"{said} and are left out {first}; save them again or delete them", stacklevel=2)
-    small = [i for i in kept if bool((sizes[i] < torch.tensor(resolution)).any())]
+    every = ImageSet(tuple(captions), _joint(digests), tuple(files), tuple(digests), tuple((h, w) for h, w in sizes.tolist()))
+    images = every.part(kept)
+    placed = [(i, h, w) for (h, w), rows in zip(shapes, images.rows_nearest(shapes), strict=True) for i in rows]
+    small = sorted((i, h, w) for i, h, w in placed if images.sizes[i][0] < h or images.sizes[i][1] < w)
     if small:
-        said = f"{len(small)} of the {len(kept)} images in {source} are smaller than {resolution[0]}x{resolution[1]}"
-        warnings.warn(f"{said} and are enlarged (first: {files[small[0]]}); larger ones give a sharper student", stacklevel=2)
-    return ImageSet(tuple(captions[i] for i in kept), _joint([digests[i] for i in kept]), files=tuple(files[i] for i in kept))
+        i, h, w = small[0]
+        than = f"{h}x{w}" if len(shapes) == 1 else f"the shape they get, here {h}x{w},"
+        said = f"{len(small)} of the {len(images)} images in {source} are smaller than {than} and are enlarged"
+        said += f" (first: {images.files[i]}); larger ones give a sharper student"
+        warnings.warn(said, stacklevel=2)
+    return images
 
 
 def _sprites(source: str, cache: Path | None) -> ImageSet:
@@ -171,7 +201,7 @@ def _captioned(folder: Path, files: list[Path]) -> list[tuple[Path, str]]:
     return [(file, caption(file)) for file in files]
 
 
-def _joint(digests: list[str]) -> str:
+def _joint(digests: Sequence[str]) -> str:
     return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
 

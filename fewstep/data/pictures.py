@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,3 +40,9 @@ def fit(picture: Image.Image, resolution: tuple[int, int]) -> np.ndarray:
     """(h, w, 3) uint8: the largest centred cut of that shape, resized once."""
     height, width = resolution
     return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
+
+
+def nearest(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> int:
+    """Which of the shapes a picture loses least in; all are (height, width)."""
+    off = [abs(math.log(height * size[1] / (width * size[0]))) for height, width in shapes]
+    return off.index(min(off))

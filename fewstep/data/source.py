@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
     from fewstep.adapters import Teacher
 
 
+class Drawn(NamedTuple):
+    """A batch on the CPU: conditions (B), the shape (B, C, *S) of a batch, and where there are some, latents and noise."""
+
+    cond: Cond
+    shape: tuple[int, ...]
+    latents: Tensor | None
+    noise: Tensor | None
+
+
 @dataclass(frozen=True)
 class Source:
     """Rows to learn from, on the CPU: conditions (N), latents (N, C, *S) or None; shape (C, *S) of one sample; where the
@@ -39,12 +50,40 @@ class Source:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def draw(self, n: int, rng: Stream) -> tuple[Cond, Tensor | None, Tensor | None]:
-        """Conditions, latents and noise of n rows at random, with replacement. They depend on the stream alone: a run has no
-        place in its data to remember."""
+    def first(self, n: int) -> Cond:
+        """Conditions of the first n rows."""
+        return self.cond[:n]
+
+    def draw(self, n: int, rng: Stream) -> Drawn:
+        """n rows at random, with replacement. They depend on the stream alone: a run has no place in its data to remember."""
         rows = rng.integers(len(self), n)
         latents, noise = (None if x is None else x[rows] for x in (self.latents, self.noise))
-        return self.cond[rows], latents, noise
+        return Drawn(self.cond[rows], (n, *self.shape), latents, noise)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Rows of several shapes, each source with those of one. A batch has one shape, and every row is in it as often as if there
+    were no shapes."""
+
+    sources: tuple[Source, ...]
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def first(self, n: int) -> Cond:
+        """Conditions of the first n rows, each for its own shape."""
+        return cat([source.cond[:n] for source in self.sources])[:n]
+
+    def draw(self, n: int, rng: Stream) -> Drawn:
+        """n rows, as a Source draws them, of the shape that one row at random has. Each process draws its own: the shapes have
+        about one area, so none waits for another."""
+        row = rng.integer(len(self))
+        for source in self.sources:
+            if row < len(source):
+                return source.draw(n, rng)
+            row -= len(source)
+        raise AssertionError
 
 
 def open_source(
@@ -54,37 +93,57 @@ def open_source(
     images: str | None = None,
     images_needed: bool,
     pairs: Pairs | None = None,
+    aspect: float = 1.0,
     cache: Path | None,
     batch: int = 64,
     progress: bool = False,
-) -> Source:
+) -> Source | Buckets:
     """Reads prompts (or images, whose captions are the prompts) and encodes them with the teacher, or finds that done in `cache`.
 
     prompts, images: see `read_prompts`, `read_images`; exactly one of them. images_needed: whether latents are wanted. pairs:
-    the teacher's own samples for some of the prompts, which are then the rows.
+    the teacher's own samples for some of the prompts, which are then the rows. aspect: the shapes that rows come in, see
+    `Teacher.sizes`: for images the nearest to their own; prompts come in all, and are shared out among them to make pairs.
     Raises ValueError before anything is read if they do not fit together."""
-    if images is None and images_needed and pairs is None:
+    _check(prompts, images, images_needed and pairs is None)
+    made_by = {"version": 1, "teacher": fingerprint(teacher)}
+    teachers = [teacher.at(size) for size in teacher.sizes(aspect)]
+    shapes, pictures = [t.resolution for t in teachers], None
+    if images is not None:
+        pictures = read_images(images, *shapes, captioned=_has_conditions(teacher), cache=cache)
+    texts = list(pictures.captions) if pictures is not None else read_prompts(prompts or "")
+    if pairs is not None:
+        texts = [texts[i] for i in pairs.chosen(len(texts))]
+    conds = cached(cache, made_by | _conds_key(texts), lambda: _encode(teacher, texts, batch, progress))
+    cond, null = _part(conds, "cond."), _part(conds, "null.")
+    every = range(len(texts))
+    if pictures is not None:
+        shares: list[Sequence[int]] = list(pictures.rows_nearest(shapes))
+    else:
+        shares = [every if pairs is None else every[k :: len(shapes)] for k in range(len(shapes))]
+
+    def of_one_shape(teacher: Teacher, rows: Sequence[int]) -> Source:
+        words = teacher.resized(cond if len(rows) == len(texts) else cond[torch.tensor(rows)])
+        said, latents, noise = [texts[i] for i in rows], None, None
+        if pairs is not None:
+            noise, latents = make_pairs(teacher, pairs, said, words, cache, progress)
+        elif pictures is not None and images_needed:
+            part = pictures.part(rows)
+            known = made_by | {"kind": "latents", "images": part.digest, "resolution": list(teacher.resolution)}
+            latents = cached(cache, known, partial(_to_latents, teacher, part, batch, progress))["latents"]
+        return Source(words, null, latents, said, teacher.latent_shape, noise)
+
+    sources = tuple(of_one_shape(teacher, rows) for teacher, rows in zip(teachers, shares, strict=True) if rows)
+    return sources[0] if len(sources) == 1 else Buckets(sources)
+
+
+def _check(prompts: str | None, images: str | None, images_needed: bool) -> None:
+    if images is None and images_needed:
         instead = ", in place of data.prompts" if prompts is not None else ""
         raise ValueError(f"objective needs images: add data.images (a folder with captions) or data.images: zoo:sprites{instead}")
     if images is not None and prompts is not None:
         raise ValueError("data.prompts and data.images are both given; keep one (the captions of the images are the prompts)")
     if images is None and prompts is None:
         raise ValueError("there is no data: add data.prompts (a file, or zoo:sprites) or data.images (a folder, or zoo:sprites)")
-    made_by = {"version": 1, "teacher": fingerprint(teacher)}
-    pictures = None
-    if images is not None:
-        pictures = read_images(images, teacher.resolution, captioned=_has_conditions(teacher), cache=cache)
-    texts = list(pictures.captions) if pictures is not None else read_prompts(prompts or "")
-    if pairs is not None:
-        texts = [texts[i] for i in pairs.chosen(len(texts))]
-    conds = cached(cache, made_by | _conds_key(texts), lambda: _encode(teacher, texts, batch, progress))
-    cond, latents, noise = _part(conds, "cond."), None, None
-    if pairs is not None:
-        noise, latents = make_pairs(teacher, pairs, texts, cond, cache, progress)
-    elif pictures is not None and images_needed:
-        known = made_by | {"kind": "latents", "images": pictures.digest, "resolution": list(teacher.resolution)}
-        latents = cached(cache, known, lambda: _to_latents(teacher, pictures, batch, progress))["latents"]
-    return Source(cond, _part(conds, "null."), latents, texts, teacher.latent_shape, noise)
 
 
 def _has_conditions(teacher: Teacher) -> bool:

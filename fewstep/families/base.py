@@ -92,7 +92,8 @@ class Family:
     """How one pipeline class is read, called, sized and deployed. x is always (B, C, H, W), or (B, C, F, H, W) for video.
 
     component: the attribute that is distilled. call: see Denoiser. encode: (pipe, prompts, setting) -> Cond; null: the same for
-    "no prompt" as the pipeline itself makes it (None: the empty prompt). schedule, target: from the pipeline's scheduler.
+    "no prompt" as the pipeline itself makes it (None: the empty prompt), without what is not about words. resized: such
+    conditions for a picture of another size. schedule, target: from the pipeline's scheduler.
     samplers: sampler name -> (scheduler class, config) for the deployed pipeline, the default one first.
     no_words: from the network's config, keyword arguments that stand in for a prompt when only the pipeline's loop matters.
     guide: our scale (1 = none) as keyword arguments of the pipeline's call; renorm: what the pipeline does to a guided output
@@ -105,6 +106,7 @@ class Family:
     call: Callable[[Any, Tensor, Tensor, Cond], Tensor]
     encode: Callable[[Any, list[str], Setting], Cond]
     null: Callable[[Any, Setting], Cond] | None = None
+    resized: Callable[[Cond, Setting], Cond] = lambda cond, setting: cond
     schedule: Callable[[Any], NoiseSchedule]
     target: Callable[[Any], str]
     samplers: dict[str, tuple[str, dict[str, Any]]]

@@ -60,16 +60,21 @@ def _xl_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
 
 
 def _xl_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
-    """Both text encoders, and the "time ids": original size, no crop, target size."""
+    """Both text encoders, and the sizes."""
     embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=pipe.device, do_classifier_free_guidance=False)
-    ids = torch.tensor([[*setting.size, 0, 0, *setting.size]], dtype=embeds.dtype, device=embeds.device)
-    return Cond({"prompt": embeds, "pooled": pooled, "size": ids.repeat(len(prompts), 1)})
+    return _xl_resized(Cond({"prompt": embeds, "pooled": pooled}), setting)
+
+
+def _xl_resized(cond: Cond, setting: Setting) -> Cond:
+    """The "time ids" with which the pipeline is called for such a picture: original size, no crop, target size."""
+    ids = cond.tensors["pooled"].new_tensor([[*setting.size, 0, 0, *setting.size]])
+    return Cond({**cond.tensors, "size": ids.repeat(len(cond), 1)})
 
 
 def _xl_null(pipe: Any, setting: Setting) -> Cond:
-    empty = _xl_encode(pipe, [""], setting)
-    zeroed = ("prompt", "pooled") if pipe.config.force_zeros_for_empty_prompt else ()
-    return Cond({k: torch.zeros_like(v) if k in zeroed else v for k, v in empty.tensors.items()})
+    empty = _xl_encode(pipe, [""], setting).tensors
+    zeroed = pipe.config.force_zeros_for_empty_prompt
+    return Cond({k: torch.zeros_like(empty[k]) if zeroed else empty[k] for k in ("prompt", "pooled")})
 
 
 def _xl_no_words(config: Any) -> dict[str, Any]:
@@ -78,7 +83,9 @@ def _xl_no_words(config: Any) -> dict[str, Any]:
     return {**words, "guidance_scale": 1.0}
 
 
-SDXL = replace(SD, call=_xl_call, encode=_xl_encode, null=_xl_null, no_words=_xl_no_words, default_guidance=5.0)
+SDXL = replace(
+    SD, call=_xl_call, encode=_xl_encode, null=_xl_null, resized=_xl_resized, no_words=_xl_no_words, default_guidance=5.0
+)
 
 
 def _sd3_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -74,7 +74,7 @@ def test_noise_is_standard_and_never_twice_the_same(teacher, prompts):
 
 def test_what_is_drawn_belongs_together(teacher, prompts):
     source = opened(teacher, prompts)
-    cond, latents, noise = source.draw(20, stream(0, 0, 0, 0))
+    cond, _, latents, noise = source.draw(20, stream(0, 0, 0, 0))
     for i in range(20):
         j = next(j for j in range(5) if torch.equal(source.latents[j], latents[i]))
         assert torch.equal(source.noise[j], noise[i])

@@ -161,16 +161,16 @@ def test_images_that_no_objective_looks_at_are_not_encoded(teacher, images, call
 
 def test_the_same_stream_draws_the_same_rows_and_another_does_not(teacher, images):
     source = open_source(teacher, images=images, images_needed=True, cache=None)
-    (cond, latents, _), (again, latents_again, _) = (source.draw(16, stream(0, 0, 3, 1)) for _ in range(2))
+    (cond, _, latents, _), (again, _, latents_again, _) = (source.draw(16, stream(0, 0, 3, 1)) for _ in range(2))
     assert same(cond, again)
     assert torch.equal(latents, latents_again)
     for other in (stream(1, 0, 3, 1), stream(0, 1, 3, 1), stream(0, 0, 4, 1), stream(0, 0, 3, 2)):
-        assert not torch.equal(source.draw(16, other)[1], latents)
+        assert not torch.equal(source.draw(16, other).latents, latents)
 
 
 def test_a_drawn_condition_belongs_to_the_drawn_latent(teacher, images):
     source = open_source(teacher, images=images, images_needed=True, cache=None)
-    cond, latents, _ = source.draw(64, stream(0, 0, 0, 0))
+    cond, _, latents, _ = source.draw(64, stream(0, 0, 0, 0))
     assert cond.tensors["prompt"].shape[0] == len(latents) == 64
     rows = [next(i for i in range(5) if torch.equal(source.latents[i], latent)) for latent in latents]
     assert set(rows) == set(range(5))
@@ -178,7 +178,7 @@ def test_a_drawn_condition_belongs_to_the_drawn_latent(teacher, images):
 
 
 def test_without_images_only_conditions_are_drawn(teacher, prompts):
-    cond, latents, _ = open_source(teacher, prompts=prompts, images_needed=False, cache=None).draw(3, stream(0, 0, 0, 0))
+    cond, _, latents, _ = open_source(teacher, prompts=prompts, images_needed=False, cache=None).draw(3, stream(0, 0, 0, 0))
     assert len(cond) == 3
     assert latents is None
 
