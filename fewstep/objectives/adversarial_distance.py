@@ -23,9 +23,9 @@ from fewstep.times import Uniform
 class AdversarialDistance(Objective):
     """Puts a contest beside, or in the place of, the distance between the student's landing x_s and the target's.
 
-    SDXL-Lightning (arXiv 2402.13929, section 3.2) around `progressive`: with `conditional` heads, D(x_t, x_s, t, s, c), which see
+    SDXL-Lightning (arXiv 2402.13929) around `progressive`: with `conditional` heads, D(x_t, x_s, t, s, c), which see
     the point both jumps began at, the student keeps to its teacher's trajectories; without, D'(x_s, s, c), it keeps to their law
-    alone. Around `tcd` the distance of Hyper-SD's stages (arXiv 2404.13686, section 3.1), which go from `distance` to `weight`.
+    alone. Around `tcd` the distance of Hyper-SD's stages (arXiv 2404.13686), which go from `distance` to `weight`.
 
     inner: the objective, one of those whose losses say where the student landed. distance: weight of its own terms, 0 for the
     contest alone; weight: of the student's term in the contest; judge_turns: of the heads before each of the student's;
