@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 FACTS = "fewstep.json"
+# What the hub's client raises: its HTTP library's errors (no net) and the system's (no token, told to be offline).
+REFUSALS: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -93,7 +95,10 @@ def send(parcel: Parcel, *, private: bool = False) -> str:
         contents = {f: (parcel.card.encode() if f == "README.md" else str(parcel.folder / f)) for f in parcel.files}
         operations = [CommitOperationAdd(path_in_repo=f, path_or_fileobj=content) for f, content in contents.items()]
         api.create_commit(parcel.hub_id, operations, commit_message=f"fewstep export of {parcel.folder.resolve().name}")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-        said = str(error).strip().splitlines()[0]
-        raise ValueError(f"the hub did not take {parcel.hub_id} ({said}); log in with `hf auth login` and push again") from error
+    except REFUSALS as error:
+        said = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"the hub did not take {parcel.hub_id}: {said}. See that this machine is online and logged in (`hf auth login`), "
+            "then push again"
+        ) from error
     return f"https://huggingface.co/{parcel.hub_id}"

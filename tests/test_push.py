@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
 
 from fewstep import cli, push
 from fewstep.push import pack, send
@@ -137,9 +138,18 @@ def test_what_cannot_be_pushed_is_refused_before_the_network(hub, out, hub_id, c
     assert not hub.repositories
 
 
-def test_a_hub_that_refuses_is_a_sentence(hub, out, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalTokenNotFoundError("Token is required, but no token found.\nMore."),
+        OfflineModeIsEnabled("Cannot reach it."),
+        httpx.ConnectError("Name or service not known"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_hub_that_refuses_or_is_not_there_is_a_sentence(hub, out, monkeypatch, capsys, error):
     def refuse(*args, **kwargs):
-        raise LocalTokenNotFoundError("Token is required, but no token found.\nMore.")
+        raise error
 
     monkeypatch.setattr(hub, "repo_exists", refuse)
     assert command(monkeypatch, out, "me/four", "--yes") == 2
