@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ from fewstep.data.pictures import DAMAGE, SUFFIXES, Picture, decode, fit, neares
 from fewstep.data.prompts import prompt_of, read_jsonl, read_text
 
 METADATA = "metadata.jsonl"
-_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # what datasets calls the files of a split
 READ_CHUNK = 64  # images whose bytes are in memory at once
 NAMED = 3  # images that a message names
 ZOO_SEED, ZOO_CHUNK, ZOO_COUNT = 60_000, 4096, 8192
@@ -104,7 +102,10 @@ def read_images(source: str, *shapes: tuple[int, int], captioned: bool = True, c
         said = f"{len(bare)} of the {len(files)} images in {source} have no caption (first: {bare[0]})"
         raise ValueError(f"{said}; {remedy}")
     if not files:
-        raise ValueError(f"{source} holds no images; put {', '.join(SUFFIXES)} files there, .tar shards or .parquet files")
+        arrow = next(Path(source).expanduser().rglob("*.arrow"), None)
+        instead = "" if arrow is None else f"; {arrow.name} is of save_to_disk: write it with dataset.to_parquet('train.parquet')"
+        said = f"{source} holds no images; put {', '.join(SUFFIXES)} files there, .tar shards or .parquet files{instead}"
+        raise ValueError(said)
     digests, sizes = _measured(files, cache)
     kept = [i for i, size in enumerate(sizes.tolist()) if min(size) > 0]
     bad = [file for file, size in zip(files, sizes.tolist(), strict=True) if min(size) == 0]
@@ -164,10 +165,8 @@ def _found(source: str) -> tuple[Sequence[tuple[Picture, str]], str]:
         raise ValueError(
             f"{source} holds {counts}; say which, as in {source}/*.parquet, or move the images to a folder of their own"
         )
-    splits = {split[1] for f in parquet if (split := _SPLIT.fullmatch(f.name))}
-    if len(splits) > 1 and path.is_dir():
-        some = parquet[0].with_name(f"{'train' if 'train' in splits else min(splits)}-*.parquet")
-        raise ValueError(f"{source} holds the splits {', '.join(sorted(splits))}; name one, as in {some}")
+    if path.is_dir():
+        tables.one_split(path, parquet)
     if tars:
         return shards.read_shards(tars), shards.REMEDY
     if parquet:

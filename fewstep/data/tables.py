@@ -15,6 +15,29 @@ REMEDY = f"give the table a column of text named one of {', '.join(map(repr, NAM
 # Encoded images: bytes, or what datasets' Image feature is stored as.
 _IMAGES = re.compile(r"(large_)?binary|struct<.*\bbytes: (large_)?binary\b.*>")
 
+_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}")  # what datasets calls a file of several
+
+
+def one_split(folder: Path, files: list[Path]) -> None:
+    """Raises ValueError where the files of a folder are of several splits: train-00000-of-00003.parquet, train.parquet, or any
+    files below train/, such as train/data-00000-of-00003.parquet and default/train/0000.parquet."""
+    splits = {name: where for file in files for name, where in [_split(folder, file)] if name}
+    if len(splits) > 1:
+        some = splits["train" if "train" in splits else min(splits)]
+        raise ValueError(f"{folder} holds the splits {', '.join(sorted(splits))}; name one, as in {some}")
+
+
+def _split(folder: Path, file: Path) -> tuple[str, Path]:
+    """The split that a file is of ("" if its name does not say), and how to name that split's files."""
+    part = _PART.fullmatch(file.stem)
+    above = next((p for p in file.parents if p.is_relative_to(folder) and p != folder and p.name in _SPLITS), None)
+    if part and (part[1] in _SPLITS or above is None):
+        return part[1], file.with_name(f"{part[1]}-*.parquet")
+    if file.stem in _SPLITS:
+        return file.stem, file
+    return ("", file) if above is None else (above.name, above)
+
 
 class Groups:
     """Row groups of images. The last one read is kept: rows are asked for in order, and a group is decompressed as a whole."""

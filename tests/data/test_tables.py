@@ -1,6 +1,7 @@
 """Webdataset shards and parquet files give the images and captions that a folder of them gives; bad ones are told by name."""
 
 import io
+import re
 import sys
 import warnings
 
@@ -12,6 +13,7 @@ from PIL import Image
 from fewstep.data import read_images
 
 SIZE = (8, 8)
+TRAIN = "data/train-*.parquet"
 
 
 @pytest.fixture(autouse=True)
@@ -95,12 +97,50 @@ def test_the_column_of_images_is_the_only_one_or_the_one_called_so(tmp_path):
         read_images(str(file), SIZE)
 
 
-def test_splits_are_not_mixed(tmp_path):
-    for split in ("test", "train"):
-        write(tmp_path / f"{split}-00000-of-00001.parquet", [row(0)])
-    with pytest.raises(ValueError, match=r"holds the splits test, train; name one, as in .*/train-\*.parquet"):
+@pytest.mark.parametrize(
+    ("files", "splits", "one"),
+    [
+        (("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"), "test, train", "train-*.parquet"),
+        (
+            ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-00000-of-00001"),
+            "test, train",
+            "data/train-*.parquet",
+        ),
+        (("train/data-00000-of-00002", "train/data-00001-of-00002", "test/data-00000-of-00001"), "test, train", "train"),
+        (("default/train/0000", "default/train/0001", "default/validation/0000"), "train, validation", "default/train"),
+        (("train", "test"), "test, train", "train.parquet"),
+        (("en-00000-of-00001", "fr-00000-of-00001"), "en, fr", "en-*.parquet"),
+    ],
+)
+def test_splits_as_datasets_lays_them_out_are_not_mixed(tmp_path, files, splits, one):
+    for i, name in enumerate(files):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / f"{name}.parquet", [row(2 * i), row(2 * i + 1)])
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds the splits {splits}; name one, as in {tmp_path / one}")):
         read_images(str(tmp_path), SIZE)
-    assert len(read_images(str(tmp_path / "train-*.parquet"), SIZE)) == 1
+    found = read_images(str(tmp_path / one), SIZE)
+    taken = [i for i, name in enumerate(files) if name.startswith(one.split("*")[0].removesuffix(".parquet"))]
+    assert found.captions == tuple(f"caption {k}" for i in taken for k in (2 * i, 2 * i + 1))
+
+
+def test_files_of_one_dataset_that_are_no_splits_are_read_together_in_order(tmp_path):
+    for i, name in enumerate(("data-00000-of-00003", "data-00001-of-00003", "data-00002-of-00003")):
+        write(tmp_path / f"{name}.parquet", [row(i)])
+    assert read_images(str(tmp_path), SIZE).captions == ("caption 0", "caption 1", "caption 2")
+    assert len(read_images(str(tmp_path / "data-0000[02]-*.parquet"), SIZE)) == 2
+    (tmp_path / "more").mkdir()
+    for i in (3, 4):
+        write(tmp_path / f"more/part{i}.parquet", [row(i)])
+    assert len(read_images(str(tmp_path / "more"), SIZE)) == 2
+
+
+def test_a_dataset_of_save_to_disk_is_told_how_to_become_parquet(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match="holds no images; .*; data-00000-of-00001.arrow is of save_to_disk: write it with datas"
+    ):
+        read_images(str(tmp_path), SIZE)
 
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path):
