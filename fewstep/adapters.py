@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fewstep import embedders
 from fewstep.denoiser import Cond, Denoiser, Guided, cat
 from fewstep.deploy import falling, seen_times
+from fewstep.experts import Relay
 from fewstep.families import Family, Setting, bare, family_of, make_scheduler, net_config, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.schedules import NoiseSchedule
@@ -34,13 +36,25 @@ class Teacher:
 
     @property
     def net(self) -> Any:
-        return getattr(self.pipe, self.family.component)
+        """The network that is distilled; of a pipeline of two, both as one."""
+        return getattr(self.pipe, self.family.component) if len(self.components) == 1 else self._relay
+
+    @cached_property
+    def _relay(self) -> Relay:
+        return Relay({k: getattr(self.pipe, k) for k in self.components}, self.pipe.config.boundary_ratio)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of what is distilled."""
+        second = self.family.second
+        return (self.family.component, *([second] if second and getattr(self.pipe, second) is not None else []))
 
     def denoiser(self, net: Any, guidance: float | None = None, grid: tuple[float, ...] = ()) -> Denoiser:
         """A role of this teacher's network as a Denoiser. guidance, grid: what it is fed by default if it takes such inputs."""
         takes = embedders.inputs(bare(net))
         scale = guidance if embedders.GUIDANCE in takes else None
-        return Denoiser(net, self.schedule, self.target, self.family.call, None, scale, grid if embedders.END in takes else ())
+        ends, switches = grid if embedders.END in takes else (), getattr(bare(net), "switches", ())
+        return Denoiser(net, self.schedule, self.target, self.family.call, None, scale, ends, switches)
 
     def guided(self, net: Any, scale: float | None = None, null: Cond | None = None) -> Denoiser | Guided:
         """A role of this network under guidance: both halves mixed as its pipeline does it, or one pass of a network that
@@ -64,7 +78,7 @@ class Teacher:
     def keep(self, *names: str) -> None:
         """Lets go of the pipeline's networks, but for the named ones and the one that is distilled."""
         networks = [k for k, v in self.pipe.components.items() if isinstance(v, nn.Module)]
-        self.pipe.register_modules(**{k: None for k in networks if k not in (*names, self.family.component)})
+        self.pipe.register_modules(**{k: None for k in networks if k not in (*names, *self.components)})
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -185,8 +185,9 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
 
 def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> None:
     config = stage.config
-    accelerator = make_accelerator(config.train, partly=config.phases > 1 or config.objective.needs.partly)
     study = open_study(config)
+    parts = config.phases > 1 or config.objective.needs.partly or len(study.teacher.components) > 1
+    accelerator = make_accelerator(config.train, partly=parts)
     for part in whole.stages:
         _deployed(study.teacher, part)  # refused now, not when its turn comes
     stage.begin(study.roles)

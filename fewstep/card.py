@@ -95,9 +95,11 @@ def snippet(facts: dict[str, Any], name: str) -> str:
     if facts["form"] == "full":
         head = "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         return f"{head}{place}pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)\n{run}"
-    scheduler, lora, net = facts["scheduler"], facts["lora"], f"pipe.{facts['component']}"
+    scheduler, lora, net = facts["scheduler"], facts["lora"], f"pipe.{facts['components'][0]}"
     kind = "DiffusionPipeline" if facts["pipeline"] == facts["base_pipeline"] else facts["pipeline"]
     loads = f"pipe.load_lora_weights(folder, weight_name={lora['file']!r})\n"
+    for name, other in lora["others"].items():
+        loads += f"pipe.load_lora_weights(folder, weight_name={other['file']!r}, load_into_{name}=True)\n"
     if lora["reader"] == "peft":
         loads = f"{net} = PeftModel.from_pretrained({net}, folder).merge_and_unload()\n"
     head = f"import torch\nfrom diffusers import {', '.join(sorted({kind, scheduler}))}\n"

@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from fewstep.experts import Relay
 from fewstep.families import Family, Setting, net_config
 from fewstep.schedules import NoiseSchedule
 
@@ -45,9 +46,9 @@ class _Coder(_Stand):
 class _Recorder(_Stand):
     """The network while the pipeline's loop runs: notes the times it is fed, answers zeros."""
 
-    def __init__(self, real: Any) -> None:
+    def __init__(self, real: Any, times: list[float]) -> None:
         super().__init__(real)
-        self.times: list[float] = []
+        self.times = times
         self.signature = inspect.signature(real.forward)
 
     def cache_context(self, *names: Any, **about: Any) -> AbstractContextManager[None]:
@@ -70,8 +71,10 @@ def seen_times(pipeline: Any, family: Family, net: Any, vae: Any, scheduler: Any
     takes = inspect.signature(pipeline.__init__).parameters
     parts: dict[str, Any] = {name: None for name, p in takes.items() if name != "self" and p.default is inspect.Parameter.empty}
     parts |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
-    recorder = _Recorder(net)
-    parts |= {family.component: recorder, "scheduler": scheduler}
+    times: list[float] = []
+    nets = {k: getattr(net, k) for k in net.names} if isinstance(net, Relay) else {family.component: net}
+    parts |= {**{k: _Recorder(one, times) for k, one in nets.items()}, "scheduler": scheduler}
+    parts |= {"boundary_ratio": net.boundary} if isinstance(net, Relay) else {}
     if vae is not None:
         parts["vae"] = _Coder(vae)
     call = {
@@ -90,7 +93,7 @@ def seen_times(pipeline: Any, family: Family, net: Any, vae: Any, scheduler: Any
             raise ValueError(
                 f"{type(scheduler).__name__} cannot make {steps} steps ({said}); choose another step count"
             ) from error
-    return recorder.times
+    return times
 
 
 def falling(schedule: NoiseSchedule, seen: Sequence[float], steps: int) -> tuple[float, ...]:

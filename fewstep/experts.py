@@ -1,8 +1,9 @@
-"""A mixture of experts along the time axis: a student's shape, which any objective can train."""
+"""Mixtures of experts along the time axis: a student's shape, which any objective can train, or a teacher's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, final
 
@@ -43,22 +44,109 @@ class PhasedExperts(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, cond: Cond, *, experts: Sequence[int], **inputs: Tensor) -> Tensor:
         """The raw output (B, C, *S), row i by expert experts[i]; inputs (B,): what the networks take besides."""
-        asked = sorted(set(experts))
-        if len(asked) == 1:
-            return self._ask(asked[0], x, time, cond, inputs)
+        rows = shares(experts)
+        if len(rows) == 1:
+            return self._ask(experts[0], x, time, cond, inputs)
         parts: list[Tensor] = []
-        order: list[Tensor] = []
-        for k in asked:
-            rows = torch.tensor([i for i, expert in enumerate(experts) if expert == k])
-            here = rows.to(x.device)
-            own = {name: value[here] for name, value in inputs.items()}
-            parts.append(self._ask(k, x[here], time[here], Cond({n: v[rows.to(v.device)] for n, v in cond.tensors.items()}), own))
-            order.append(rows)
-        return torch.cat(parts)[torch.cat(order).argsort().to(x.device)]
+        for k, own in rows.items():
+            here = own.to(x.device)
+            given = {name: value[here] for name, value in inputs.items()}
+            words = Cond({n: v[own.to(v.device)] for n, v in cond.tensors.items()})
+            parts.append(self._ask(k, x[here], time[here], words, given))
+        return together(parts, rows)
 
     def _ask(self, k: int, x: Tensor, time: Tensor, cond: Cond, inputs: dict[str, Tensor]) -> Tensor:
         net: Callable[..., object] = self.experts[k]
         return self.call(Bound(net, inputs) if inputs else net, x, time, cond)
+
+
+@final
+class Relay(nn.Module):
+    """Networks of one class of which each answers for a stretch of times, as the one network of a teacher (Wan 2.2).
+
+    All its roles have this shape: its student and its critic are as many networks. nets: by the names of the pipeline's
+    components, that of the noisiest times first; boundary: the t below which the second answers. Which one is asked is said by
+    the Denoiser around it, which has `switches`; those that are not take no part in the graph."""
+
+    def __init__(self, nets: Mapping[str, nn.Module], boundary: float) -> None:
+        super().__init__()
+        for name, net in nets.items():
+            self.add_module(name, net)
+        self.names, self.boundary = tuple(nets), boundary
+        self.rows: dict[int, Tensor] = {}  # of the forward that is running
+
+    @property
+    def first(self) -> Any:
+        """The network of the noisiest times; the others are of its class and config."""
+        return getattr(self, self.names[0])
+
+    @property
+    def config(self) -> Any:
+        return self.first.config
+
+    @property
+    def switches(self) -> tuple[float, ...]:
+        """As `Denoiser.switches`, at and below which the next one answers; the stock pipeline's boundary is still the first's."""
+        return (self.boundary - 1e-8,)
+
+    def forward(self, *, experts: Sequence[int], **inputs: Any) -> tuple[Any, ...]:
+        """(raw output,), row i by network experts[i]; of the inputs every tensor has a leading axis of as many rows."""
+        self.rows = shares(experts)
+        if len(self.rows) == 1:
+            return getattr(self, self.names[experts[0]])(**inputs)
+        parts = []
+        for k, own in self.rows.items():
+            given = {n: v[own.to(v.device)] if isinstance(v, Tensor) else v for n, v in inputs.items()}
+            parts.append(getattr(self, self.names[k])(**given)[0])
+        return (together(parts, self.rows),)
+
+    def junction(self, name: str) -> Junction:
+        """The blocks of this name, to be tapped as one."""
+        return Junction(self, name)
+
+    def enable_gradient_checkpointing(self, function: Callable[..., Any]) -> None:
+        for name in self.names:
+            getattr(self, name).enable_gradient_checkpointing(function)
+
+    def set_attention_backend(self, backend: str) -> None:
+        for name in self.names:
+            getattr(self, name).set_attention_backend(backend)
+
+
+class Junction:
+    """A block that every network of a relay has: a hook sees its output of all rows of a pass, when the last ones are there."""
+
+    def __init__(self, relay: Relay, name: str) -> None:
+        self.relay, self.blocks = relay, [getattr(relay, net).get_submodule(name) for net in relay.names]
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return self.blocks[0].named_modules()
+
+    def register_forward_hook(self, hook: Callable[[Any, Any, Tensor], None]) -> ExitStack:
+        """Something whose `close` takes the hook away."""
+        parts: list[Tensor] = []
+
+        def gather(module: nn.Module, args: Any, output: Tensor) -> None:
+            parts.append(output)
+            if len(parts) == len(self.relay.rows):
+                whole = together(parts, self.relay.rows)
+                parts.clear()
+                hook(module, args, whole)
+
+        hooks = ExitStack()
+        for block in self.blocks:
+            hooks.callback(block.register_forward_hook(gather).remove)
+        return hooks
+
+
+def shares(experts: Sequence[int]) -> dict[int, Tensor]:
+    """The rows of each expert that is asked."""
+    return {k: torch.tensor([i for i, expert in enumerate(experts) if expert == k]) for k in sorted(set(experts))}
+
+
+def together(parts: Sequence[Tensor], rows: Mapping[int, Tensor]) -> Tensor:
+    """What the experts gave for their rows, in the order in which they were asked for."""
+    return torch.cat(list(parts))[torch.cat(list(rows.values())).argsort().to(parts[0].device)]
 
 
 def hand_over(net: Callable[..., Any], x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fewstep import __version__, card, embedders, lorafiles, loraformat, mixture, proof
 from fewstep.adapters import Teacher, load_teacher, teacher_folder
 from fewstep.denoiser import Denoiser
-from fewstep.experts import PhasedExperts, along, apart
+from fewstep.experts import PhasedExperts, Relay, along, apart
 from fewstep.networks import Full, Lora, Role, build, set_weights
 from fewstep.sampling import STEPS, sample
 
@@ -75,8 +75,9 @@ def export(
     try:
         folded = [loraformat.fold(own, kind.scale) for own in apart(weights, phases)] if isinstance(kind, Lora) else []
         if names is not None:
-            files = lorafiles.files(names, phases)
-            for own, file in zip(folded, files.values(), strict=True):
+            files = lorafiles.files(names, phases, teacher.components)
+            adapters = [own for whole in folded for own in loraformat.apart(whole, teacher.components)]
+            for own, file in zip(adapters, files.values(), strict=True):
                 lorafiles.write(teacher, own, names, part, file)
             scheduler.save_pretrained(part / "scheduler")
         else:
@@ -87,7 +88,7 @@ def export(
                 net.save_pretrained(part / folder, safe_serialization=True)
         facts = _facts(teacher, scheduler, scale, form=form, sampler=sampler, steps=steps, times=times, record=record)
         if names is not None:
-            facts["lora"] = lorafiles.facts(folded[0], names, next(iter(files.values())))
+            facts["lora"] = lorafiles.facts(adapters, names, list(files.values()), teacher.components)
         if phases > 1:
             facts["experts"] = mixture.facts(facts["times"][str(steps)], files)
             shutil.copyfile(mixture.PIPELINE, part / mixture.PIPELINE.name)
@@ -146,7 +147,8 @@ def _network(teacher: Teacher, student: Role, folded: dict[str, Tensor], guidanc
 
 def _deployed(teacher: Teacher, net: Any, scheduler: Any) -> Any:
     """The teacher's pipeline around the student's network and the student's scheduler."""
-    parts = {teacher.family.component: net, "scheduler": scheduler}
+    nets = {k: getattr(net, k) for k in net.names} if isinstance(net, Relay) else {teacher.family.component: net}
+    parts = {**nets, "scheduler": scheduler}
     if teacher.family.deployed:
         return getattr(diffusers, teacher.family.deployed)(**parts)
     pipe = copy.copy(teacher.pipe)
@@ -182,7 +184,7 @@ def _facts(
         "teacher": {"path": path, "model_index_sha256": hashlib.sha256(index.read_bytes()).hexdigest() if index else None},
         "base_pipeline": type(teacher.pipe).__name__,
         "pipeline": family.deployed or type(teacher.pipe).__name__,
-        "component": family.component,
+        "components": list(teacher.components),
         "scheduler": type(scheduler).__name__,
         "ask": family.ask(teacher.pipe, [family.examples[0]]),
         "video": len(teacher.setting.size) == 3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,14 @@ def choose(teacher: Teacher, kind: Full | Lora, form: str | None, layout: str | 
         return form, None
     if isinstance(kind, Full):
         raise ValueError("this student was trained as full weights and has no LoRA; export it with form='full'")
-    names = loraformat.naming(layout or ("diffusers" if loads else "peft"), type(teacher.net).__name__, teacher.family.component)
+    network, layout = type(getattr(teacher.pipe, teacher.components[0])).__name__, layout or ("diffusers" if loads else "peft")
+    names = loraformat.naming(layout, network, teacher.family.component)
     if names.layout == "diffusers" and not loads:
         raise ValueError(
             f"{pipeline} has no LoRA loader; export with layout='peft', or with form='full', which merges the adapter"
         )
+    if len(teacher.components) > 1 and names.reader == "peft":
+        raise ValueError(f"a PEFT folder holds one network's LoRA and {pipeline} has two here; export with layout='diffusers'")
     if phases > 1 and names.reader != "diffusers":
         raise ValueError(
             f"a student of {phases} experts runs by {mixture.PIPELINE.name}, which does not read the layout {names.layout!r}; "
@@ -47,9 +51,9 @@ def choose(teacher: Teacher, kind: Full | Lora, form: str | None, layout: str | 
     return form, names
 
 
-def files(names: Naming, phases: int) -> dict[str, str]:
+def files(names: Naming, phases: int, components: Sequence[str]) -> dict[str, str]:
     """The file of each adapter."""
-    return {"default": PEFT_FILE} if names.layout == "peft" else mixture.lora_files(phases)
+    return {"default": PEFT_FILE} if names.layout == "peft" else mixture.lora_files(phases, components)
 
 
 def write(teacher: Teacher, folded: dict[str, Tensor], names: Naming, to: Path, file: str) -> None:
@@ -71,8 +75,15 @@ def write(teacher: Teacher, folded: dict[str, Tensor], names: Naming, to: Path, 
         config.save_pretrained(str(to))
 
 
-def facts(folded: dict[str, Tensor], names: Naming, file: str) -> dict[str, Any]:
+def facts(
+    adapters: Sequence[dict[str, Tensor]], names: Naming, files: Sequence[str], components: Sequence[str]
+) -> dict[str, Any]:
     """The entry "lora" of fewstep.json; see `strength.py`."""
+    first, *others = (_facts(own, names, file) for own, file in zip(adapters, files, strict=True))
+    return {**first, "others": dict(zip(components[1:], others, strict=False))}
+
+
+def _facts(folded: dict[str, Tensor], names: Naming, file: str) -> dict[str, Any]:
     return {
         "file": file,
         "layout": names.layout,

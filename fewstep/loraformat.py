@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,13 @@ def modules(weights: Iterable[str]) -> list[str]:
 def fold(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The same adapter with its scale alpha / rank multiplied into B, so that alpha == rank: float32, on the CPU."""
     return {k: (v.detach().cpu().float() * (scale if k.endswith(B) else 1.0)).contiguous() for k, v in weights.items()}
+
+
+def apart(folded: Mapping[str, Tensor], components: Sequence[str]) -> list[dict[str, Tensor]]:
+    """The adapter of each component of a teacher, from that of all; if it has several, keys begin with their names."""
+    if len(components) == 1:
+        return [dict(folded)]
+    return [{k.removeprefix(f"{name}."): v for k, v in folded.items() if k.startswith(f"{name}.")} for name in components]
 
 
 def rank(folded: Mapping[str, Tensor]) -> int:

@@ -10,10 +10,10 @@ PIPELINE = Path(__file__).with_name("phased.py")  # copied into the export as it
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def lora_files(phases: int) -> dict[str, str]:
-    """The LoRA file of each adapter; the usual one where there is one expert."""
+def lora_files(phases: int, components: Sequence[str]) -> dict[str, str]:
+    """The LoRA file of each adapter; the usual one where there is one expert, and one for each further component of a teacher."""
     if phases == 1:
-        return {"default": LORA_FILE}
+        return {"default": LORA_FILE, **{name: f"{name}_lora_weights.safetensors" for name in components[1:]}}
     return {f"expert_{k}": f"expert_{k}.safetensors" for k in range(phases)}
 
 

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fewstep import embedders
-from fewstep.experts import PhasedExperts
+from fewstep.experts import PhasedExperts, Relay
 from fewstep.heads import Heads
 from fewstep.taps import Enough
 
@@ -186,6 +186,8 @@ def gather(roles: Mapping[str, Role], phases: int, call: Callable[..., Tensor]) 
     names = expert_names(phases)
     if phases == 1:
         return dict(roles)
+    if isinstance(roles["teacher"].net, Relay):
+        raise ValueError("this teacher is two networks along time, and so is its student as it is; leave student.phases away")
     others: dict[str, Role | PhasedExperts] = {name: role for name, role in roles.items() if name not in names}
     return {**others, "student": PhasedExperts("student", [roles[name] for name in names], call)}
 

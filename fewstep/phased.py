@@ -32,7 +32,7 @@ def load(export: Path | str, base: str | None = None, dtype: torch.dtype = torch
             f"{export} is made of LoRAs of {facts['teacher']['path']}; name that pipeline's folder or hub id as base"
         )
     pipe = diffusers.DiffusionPipeline.from_pretrained(base if lora else export, torch_dtype=dtype, use_safetensors=True)
-    net = getattr(pipe, facts["component"])
+    net = getattr(pipe, facts["components"][0])
     alone = net.forward
     if lora:
         rules = json.loads((export / "scheduler" / "scheduler_config.json").read_text("utf-8"))

@@ -11,6 +11,7 @@ import torch
 
 from fewstep.config import Config
 from fewstep.deploy import falling, seen_times
+from fewstep.experts import Relay
 from fewstep.families import Family, family_of, make_scheduler, setting_of
 from fewstep.folders import pipeline_name, teacher_folder
 from fewstep.networks import build, gather, heads_role
@@ -89,6 +90,11 @@ def _skeleton(folder: Path, family: Family) -> tuple[Any, Any, Any]:
             raise ValueError(f"{_file_of(folder, part)} is missing or damaged; save the pipeline again with pipe.save_pretrained")
     with torch.device("meta"):
         net = getattr(diffusers, kind["_class_name"]).from_config(kind)
+        second = _config_of(folder, family.second or "")
+        if family.second and "_class_name" in second:
+            other = getattr(diffusers, second["_class_name"]).from_config(second)
+            boundary = json.loads((folder / "model_index.json").read_text())["boundary_ratio"]
+            net = Relay({family.component: net, family.second: other}, boundary)
         coder = _config_of(folder, "vae")
         vae = getattr(diffusers, coder["_class_name"]).from_config(coder) if "_class_name" in coder else None
     return net, getattr(diffusers, rules["_class_name"]).from_config(rules), vae

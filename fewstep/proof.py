@@ -109,14 +109,11 @@ def _files(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise Broken(f"fewstep.json is damaged ({error}); export again") from error
     if facts.get("format") != FORMAT:
-        raise Broken(
-            f"fewstep.json has format {facts.get('format')}, known here is {FORMAT}; verify it with the fewstep that made it"
-        )
+        raise Broken(f"fewstep.json has format {facts.get('format')}, not {FORMAT}; verify it with the fewstep that made it")
     wanted = ["reference.safetensors", "README.md", "scheduler/scheduler_config.json"]
     experts = [file for file in facts.get("experts", {}).get("files", {}).values() if file]
-    wanted += experts or ([facts["lora"]["file"]] if facts["form"] == "lora" else [])
-    wanted += [] if facts["form"] == "lora" else ["model_index.json"]
-    wanted += [PIPELINE.name] if experts else []
+    wanted += experts or [lora["file"] for lora in (strength.each(facts).values() if facts["form"] == "lora" else ())]
+    wanted += ["model_index.json"] * (facts["form"] == "full") + [PIPELINE.name] * bool(experts)
     if missing := [f for f in wanted if not (folder / f).exists()]:
         raise Broken(f"{missing[0]} is missing; export again")
     for file in sorted(folder.rglob("*.safetensors")):
@@ -139,9 +136,7 @@ def _teacher(facts: dict[str, Any], teacher: str) -> str:
 def _own_pipeline(folder: Path) -> str:
     """The pipeline of an export is code: only the one that lies beside this file is ever run."""
     if (folder / PIPELINE.name).read_bytes() != PIPELINE.read_bytes():
-        raise Broken(
-            f"{PIPELINE.name} is not the one this fewstep exports, and is not run; export again, or verify with that one"
-        )
+        raise Broken(f"{PIPELINE.name} is not the one this fewstep exports, and is not run; export again, or verify with that")
     return ""
 
 
@@ -180,22 +175,23 @@ class Reference:
 
 
 @contextmanager
-def _watched(net: Any) -> Iterator[list[float]]:
-    """The times a network is fed while the pipeline runs."""
+def _watched(nets: list[Any]) -> Iterator[list[float]]:
+    """The times networks are fed while the pipeline runs."""
     import torch
 
     seen: list[float] = []
-    signature = inspect.signature(net.forward)
+    signature = inspect.signature(nets[0].forward)
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = signature.bind(*args, **kwargs).arguments
         seen.append(float(torch.as_tensor(values.get("timestep", values.get("t"))).flatten()[0]))
 
-    hook = net.register_forward_pre_hook(note, with_kwargs=True)
+    hooks = [net.register_forward_pre_hook(note, with_kwargs=True) for net in nets]
     try:
         yield seen
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def draw(pipe: Any, facts: dict[str, Any], reference: Reference, n: int) -> tuple[list[float], Any]:
@@ -207,7 +203,7 @@ def draw(pipe: Any, facts: dict[str, Any], reference: Reference, n: int) -> tupl
     ask = copy.deepcopy(reference.ask)  # ZImagePipeline writes its chat template into the caller's list
     # Pipelines that take no latents draw them themselves; some give arrays.
     given = "latents" in inspect.signature(pipe.__call__).parameters
-    with _watched(getattr(pipe, facts["component"])) as seen:
+    with _watched([getattr(pipe, name) for name in facts["components"]]) as seen:
         drawn = pipe(**ask, **call, **({"latents": latents.clone(), "output_type": "pt"} if given else {"output_type": "np"}))
     pictures = drawn.images if "images" in drawn else drawn.frames
     if not given:
@@ -254,8 +250,7 @@ def main(folder: str, teacher: str, scratch: str) -> None:
     sys.meta_path.insert(0, Blocker)  # type: ignore[arg-type]
     checks = prove(Path(folder), teacher, Path(scratch))
     alone = "fewstep" not in {m.split(".")[0] for m in sys.modules}
-    reason = "" if alone else "fewstep was imported; stock Diffusers alone must do"
-    checks.append({"name": "without fewstep", "ok": alone, "detail": reason})
+    checks.append({"name": "without fewstep", "ok": alone, "detail": "" if alone else "it was imported; Diffusers alone must do"})
     print("\n" + json.dumps(checks))
 
 

@@ -2,7 +2,7 @@
 
 `lora` is the entry of that name in fewstep.json: "file"; "a" and "b", how names end; "where", module -> [stem of its names, first
 row, rows] (layouts that have one layer for several modules stack them); "reader", who loads the file: "diffusers", "peft", or
-"keys" where neither does (ComfyUI and kohya's tools do).
+"keys" where neither does (ComfyUI and kohya's tools do); "others", such an entry for each further network of a pipeline.
 """
 
 from __future__ import annotations
@@ -51,31 +51,48 @@ def merge(net: Any, file: Path, lora: dict[str, Any]) -> None:
         weight += added.reshape(weight.shape)
 
 
+def each(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entry of each network that has a LoRA, by its name in the pipeline."""
+    return {facts["components"][0]: facts["lora"], **facts["lora"]["others"]}
+
+
 def attach(pipe: Any, folder: Path, facts: dict[str, Any]) -> None:
     """Puts the LoRA of an export on the pipeline of its teacher, by the reader it is meant for."""
-    lora, net = facts["lora"], getattr(pipe, facts["component"])
-    if lora["reader"] == "diffusers":
-        pipe.load_lora_weights(folder, weight_name=lora["file"])
-    elif lora["reader"] == "peft":
-        from peft import PeftModel
+    for name, lora in each(facts).items():
+        if lora["reader"] == "diffusers":
+            _load(pipe, folder, name, lora, facts)
+        elif lora["reader"] == "peft":
+            from peft import PeftModel
 
-        PeftModel.from_pretrained(net, folder)  # puts the adapter into the network itself
-    else:
-        merge(net, folder / lora["file"], lora)
+            PeftModel.from_pretrained(getattr(pipe, name), folder)  # puts the adapter into the network itself
+        else:
+            merge(getattr(pipe, name), folder / lora["file"], lora)
 
 
-@torch.no_grad()
+def _load(pipe: Any, folder: Path, name: str, lora: dict[str, Any], facts: dict[str, Any]) -> None:
+    """By Diffusers, which is told where a LoRA belongs if that is not the pipeline's first network."""
+    place = {} if name == facts["components"][0] else {f"load_into_{name}": True}
+    pipe.load_lora_weights(folder, weight_name=lora["file"], **place)
+
+
 def check(folder: Path, facts: dict[str, Any], pipe: Any) -> str:
     """Every pair of the file sits on its layer and adds exactly B A: scale 1, whatever the reader makes of alpha.
 
     Returns what was found. Raises Broken."""
-    lora = facts["lora"]
-    if lora["reader"] == "keys":  # the names' own readers are not here: what they read is checked, and merged by `attach`
-        return f"{sum(1 for _ in deltas(folder / lora['file'], lora))} layers, by their matrices"
-    layers = {n: m for n, m in getattr(pipe, facts["component"]).named_modules() if getattr(m, "lora_A", None)}
+    found = each(facts)
+    if facts["lora"]["reader"] == "keys":  # the names' readers are not here: what they read is checked, and merged by `attach`
+        return f"{sum(1 for lora in found.values() for _ in deltas(folder / lora['file'], lora))} layers, by their matrices"
+    experts = facts.get("experts", {}).get("files")
+    return f"{sum(_sits(folder, getattr(pipe, name), lora, experts) for name, lora in found.items())} layers"
+
+
+@torch.no_grad()
+def _sits(folder: Path, net: Any, lora: dict[str, Any], experts: dict[str, str] | None) -> int:
+    """How many layers of a network have the LoRA of an entry, or those of its experts' files by adapter."""
+    layers = {n: m for n, m in net.named_modules() if getattr(m, "lora_A", None)}
     made = sorted({adapter for module in layers.values() for adapter in module.lora_A})
-    files = facts.get("experts", {}).get("files") or dict.fromkeys(made[:1], lora["file"])
-    if made != sorted(files):
+    files = experts or dict.fromkeys(made[:1], lora["file"])
+    if not made or made != sorted(files):
         raise Broken(f"the reader made the adapters {', '.join(made) or 'none'}, not one for each file")
     count, worst = 0, 0.0
     for adapter, file in files.items():
@@ -90,21 +107,23 @@ def check(folder: Path, facts: dict[str, Any], pipe: Any) -> str:
             raise Broken(f"the reader made a LoRA on {more[0]}, of which {file} says nothing")
     if not worst <= SAME:
         raise Broken(f"the reader applies the LoRA at another strength (weights differ by {worst:.3g}); alpha must equal rank")
-    return f"{count} layers"
+    return count
 
 
 def blind(pipe: Any, folder: Path, scratch: Path, facts: dict[str, Any]) -> None:
     """Takes the LoRA off the pipeline and puts it on again as a reader does that sees neither its header nor its alphas."""
     from safetensors.torch import load_file, save_file
 
-    lora, net = facts["lora"], getattr(pipe, facts["component"])
-    file = folder / lora["file"]
-    if lora["reader"] == "diffusers":
-        save_file({k: v for k, v in load_file(file).items() if not k.endswith(".alpha")}, scratch / file.name)
+    found = each(facts)
+    if facts["lora"]["reader"] == "diffusers":
         pipe.unload_lora_weights()
-        pipe.load_lora_weights(scratch, weight_name=file.name)
+        for name, lora in found.items():
+            kept = {k: v for k, v in load_file(folder / lora["file"]).items() if not k.endswith(".alpha")}
+            save_file(kept, scratch / lora["file"])
+            _load(pipe, scratch, name, lora, facts)
         return
-    for layer in net.modules():
-        if getattr(layer, "lora_A", None):
-            layer.enable_adapters(False)
-    merge(net, file, lora)
+    for name, lora in found.items():
+        for layer in getattr(pipe, name).modules():
+            if getattr(layer, "lora_A", None):
+                layer.enable_adapters(False)
+        merge(getattr(pipe, name), folder / lora["file"], lora)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +38,11 @@ def tapped(blocks: Mapping[str, nn.Module], stop: bool) -> Iterator[dict[str, An
 
         return hook
 
-    hooks = [block.register_forward_hook(note(name)) for name, block in blocks.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, block in blocks.items():
+            hook = block.register_forward_hook(note(name))
+            hooks.callback(hook.close if isinstance(hook, ExitStack) else hook.remove)
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def taps_of(net: Any, names: tuple[str, ...]) -> Taps:
     blocks, widths = {}, []
     for name in names:
         try:
-            blocks[name] = net.get_submodule(name)
+            blocks[name] = getattr(net, "junction", net.get_submodule)(name)
         except AttributeError as error:
             there = ", ".join(k for k, _ in net.named_modules() if k and k.count(".") == (k.split(".")[-1].isdigit()))
             raise ValueError(f"taps: {type(net).__name__} has no block {name!r}; there are: {there}") from error
@@ -157,6 +156,7 @@ def stages(net: Any) -> tuple[str, ...]:
 
 def _stack(net: Any) -> tuple[str, nn.ModuleList]:
     """The longest list of blocks of a transformer."""
+    net = getattr(net, "first", net)  # those of a relay are alike
     lists = [(name, child) for name, child in net.named_children() if isinstance(child, nn.ModuleList)]
     if not lists:
         raise ValueError(f"{type(net).__name__} has no list of blocks to tap; name its blocks in taps")

@@ -34,10 +34,12 @@ def load(export: Path, base: str | None) -> diffusers.DiffusionPipeline:
     if lora["reader"] == "peft":
         from peft import PeftModel
 
-        net = getattr(pipe, facts["component"])
-        setattr(pipe, facts["component"], PeftModel.from_pretrained(net, export).merge_and_unload())
+        net = getattr(pipe, facts["components"][0])
+        setattr(pipe, facts["components"][0], PeftModel.from_pretrained(net, export).merge_and_unload())
     else:
         pipe.load_lora_weights(export, weight_name=lora["file"])
+        for name, other in lora["others"].items():  # of pipelines with two networks, as Wan 2.2
+            pipe.load_lora_weights(export, weight_name=other["file"], **{f"load_into_{name}": True})
     return pipe
 
 

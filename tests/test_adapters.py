@@ -1,5 +1,6 @@
 """A Denoiser and a step walk where the stock pipeline walks, for every family."""
 
+import copy
 import inspect
 import json
 import shutil
@@ -15,6 +16,7 @@ from tiny import MAKERS, save, tiny_vae
 
 from fewstep.adapters import load_teacher
 from fewstep.denoiser import Cond
+from fewstep.experts import Relay
 from fewstep.families import FAMILIES, make_scheduler
 from fewstep.sampling import STEPS, rollout
 from fewstep.stream import stream
@@ -59,11 +61,13 @@ class Times:
             time = args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("t"))
             self.seen.append(torch.as_tensor(time).double().flatten()[0].item())
 
-        self.hook = self.net.register_forward_pre_hook(note, with_kwargs=True)
+        nets = list(self.net.children()) if isinstance(self.net, Relay) else [self.net]
+        self.hooks = [net.register_forward_pre_hook(note, with_kwargs=True) for net in nets]
         return self.seen
 
     def __exit__(self, *error):
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
 
 
 class Draws:
@@ -86,6 +90,13 @@ def ours(teacher, noise, times, sampler="ddim", guidance=1.0, rng=None, words=WO
     return [v.x_s for v in visits], seen
 
 
+def deployed(teacher, sampler):
+    """The teacher's own pipeline with the scheduler of a student."""
+    pipe = copy.copy(teacher.pipe)
+    pipe.register_modules(scheduler=teacher.scheduler(sampler))
+    return pipe
+
+
 def stock(teacher, noise, steps, sampler="ddim", guidance=1.0, seed=0):
     """The same of the pipeline that will be deployed, with nothing of ours in it but the scheduler's config."""
     latents = []
@@ -97,8 +108,7 @@ def stock(teacher, noise, steps, sampler="ddim", guidance=1.0, seed=0):
     def collect_old(index, time, values):
         latents.append(values.clone())
 
-    pipe = type(teacher.pipe)(**{**teacher.pipe.components, "scheduler": teacher.scheduler(sampler)})
-    pipe.set_progress_bar_config(disable=True)
+    pipe = deployed(teacher, sampler)
     call = teacher.call(guidance)
     old = "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters
     call |= {"callback": collect_old} if old else {"callback_on_step_end": collect}
@@ -215,8 +225,7 @@ def test_pictures_are_decoded_as_the_pipeline_decodes_them(teachers, name):
     teacher = teachers[name]
     noise = torch.randn(2, *teacher.latent_shape)
     latents, _ = ours(teacher, noise, teacher.grid(1, "ddim"))
-    pipe = type(teacher.pipe)(**{**teacher.pipe.components, "scheduler": teacher.scheduler("ddim")})
-    pipe.set_progress_bar_config(disable=True)
+    pipe = deployed(teacher, "ddim")
     call = {**teacher.call(1.0), "num_inference_steps": 1, "latents": teacher.family.pack(noise)}
     drawn = pipe(prompt=list(WORDS), **call, output_type="pt")
     torch.testing.assert_close(teacher.decode(latents[-1]), drawn[0], rtol=1e-4, atol=1e-5)

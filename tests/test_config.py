@@ -29,6 +29,7 @@ TWINS = {
     "sana": "sana",
     "qwen": "qwen",
     "wan21": "wan",
+    "wan22": "wan22",
 }
 
 

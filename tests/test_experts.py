@@ -1,12 +1,19 @@
 """A mixture of experts along time: who answers, and that no one else is touched."""
 
+import copy
+
 import pytest
 import torch
+from tiny import tiny_wan22_pipeline
 from torch.testing import assert_close
 from toys import NOTHING, SCHEDULES, Exact, Gaussian, call, times
 
 from fewstep.denoiser import Cond, Denoiser
-from fewstep.experts import PhasedExperts, hand_over, switches
+from fewstep.experts import PhasedExperts, Relay, hand_over, switches
+from fewstep.families import FAMILIES
+from fewstep.heads import Heads
+from fewstep.networks import Full, Lora, build
+from fewstep.taps import Enough, tapped, taps_of
 
 KINDS = [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow"), ("flow-reversed", "flow"), ("edm", "sample")]
 LAWS = [([0.3, -1.0], [0.5, 2.0]), ([0.0, 0.4], [1.5, 0.2]), ([2.0, 1.0], [0.1, 0.1])]
@@ -59,3 +66,69 @@ def test_phases_begin_at_deployed_times():
     assert switches((1.0, 0.5), 1) == ()
     with pytest.raises(ValueError, match="4 steps cannot be shared out over 3 phases; choose a multiple of 3"):
         switches((1.0, 0.75, 0.5, 0.25), 3)
+
+
+# A teacher of two networks
+
+
+@pytest.fixture(scope="module")
+def relay():
+    pipe = tiny_wan22_pipeline()
+    return Relay({"transformer": pipe.transformer, "transformer_2": pipe.transformer_2}, 0.875).requires_grad_(False)
+
+
+def fed(relay, t, grad=False):
+    """(the Denoiser around a relay, x, t, cond) for some times."""
+    wan, rng = FAMILIES["WanPipeline"], torch.Generator().manual_seed(0)
+    denoiser = Denoiser(relay, wan.schedule(None), wan.target(None), wan.call, switches=(0.875 - 1e-8,))
+    x = torch.randn(len(t), 4, 2, 4, 4, generator=rng).requires_grad_(grad)
+    return denoiser, x, times(*t), Cond({"prompt": torch.randn(len(t), 3, 16, generator=rng)})
+
+
+def test_every_row_is_answered_by_the_network_of_its_time_and_the_boundary_is_the_firsts(relay):
+    denoiser, x, t, cond = fed(relay, (0.2, 0.9, 0.875, 0.874, 1.0))
+    assert relay.switches == denoiser.switches
+    found = denoiser(x, t, cond)
+    for i, name in enumerate(("transformer_2", "transformer", "transformer", "transformer_2", "transformer")):
+        row = slice(i, i + 1)
+        alone = Denoiser(getattr(relay, name), denoiser.schedule, "flow", denoiser.call)
+        assert_close(found.x0[row], alone(x[row], t[row], cond[row]).x0)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("t", [(0.2, 0.9, 0.5), (0.9, 1.0, 0.95), (0.1, 0.2, 0.3)])
+def test_a_tap_on_two_networks_sees_every_row_in_its_place(relay, t, stop):
+    denoiser, x, t, cond = fed(relay, t)
+    taps = taps_of(relay, tuple(Heads("dmd2").taps_on(relay).blocks))
+    ended = False
+    with tapped(taps.blocks, stop=stop) as found:
+        try:
+            denoiser(x, t, cond)
+        except Enough:
+            ended = True
+    (whole,) = taps.read(found, x, cond)
+    assert ended is stop and whole.shape == (3, 16, 4, 2)
+    for i, time in enumerate(t.tolist()):
+        net = relay.transformer if time >= 0.875 else relay.transformer_2
+        with tapped({"blocks.0": net.blocks[0]}, stop=False) as alone:
+            denoiser.call(net, x[i : i + 1], denoiser.schedule.model_time(t[i : i + 1]).float(), cond[i : i + 1])
+        assert_close(whole[i], alone["blocks.0"][0].T.unflatten(1, (4, 2)))
+    assert not any(block._forward_hooks for net in relay.children() for block in net.blocks)
+
+
+@pytest.mark.parametrize("wanted", [Lora(2), Full()])
+def test_checkpointing_two_networks_changes_no_gradient_and_the_idle_one_gets_none(relay, wanted):
+    found = []
+    for checkpointing in (False, True):
+        roles = build(copy.deepcopy(relay), {"student": wanted}, lora_targets=["to_q"], checkpointing=checkpointing, seed=1)
+        denoiser, x, t, cond = fed(roles["student"], (0.2, 0.5, 0.3), grad=True)
+        with torch.no_grad():
+            for p in roles["student"].parameters():
+                p.add_(0.01)
+        denoiser(x, t, cond).x0.square().sum().backward()
+        grads = {k: p.grad for k, p in roles["student"].weights().items()}
+        assert all((g is None) == k.startswith("transformer.") for k, g in grads.items())
+        found.append([g for g in grads.values() if g is not None])
+    assert len(found[0]) > 1
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b)

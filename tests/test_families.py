@@ -1,5 +1,8 @@
 """Every family's student, exported, is drawn by its stock pipeline as by fewstep; what a family cannot do is refused."""
 
+import copy
+import json
+
 import pytest
 import torch
 from test_adapters import Made, ours, seen, stock
@@ -10,6 +13,7 @@ from fewstep import proof
 from fewstep.adapters import load_teacher
 from fewstep.export import export
 from fewstep.families import FAMILIES, family_of
+from fewstep.networks import Lora, build, gather
 
 NEW = [name for name in MAKERS if name not in ("sd", "zimage", "ddpm")]  # tests/test_verify.py has those, in more ways
 
@@ -116,13 +120,34 @@ def test_guidance_keeps_the_norms_that_its_pipeline_keeps(teachers):
         assert not torch.allclose(norm(torch.lerp(u.velocity, c.velocity, 50.0)), norm(c.velocity), rtol=1e-3)
 
 
-def test_two_experts_are_refused_in_a_sentence(teachers):
+def test_a_part_of_a_pipeline_of_two_networks_is_refused_in_a_sentence(teachers):
     pipe = teachers["wan"].pipe
-    assert FAMILIES["WanPipeline"].refuse(pipe) is None
-    both = type(pipe)(**{**pipe.components, "transformer_2": pipe.transformer}, boundary_ratio=0.875)
-    assert "two networks" in FAMILIES["WanPipeline"].refuse(both)
+    assert FAMILIES["WanPipeline"].refuse(pipe) is FAMILIES["WanPipeline"].refuse(teachers["wan22"].pipe) is None
+    for parts in ({"boundary_ratio": 0.875}, {"transformer_2": pipe.transformer}):
+        part = type(pipe)(**{**pipe.components, **parts})
+        assert "whose two networks share the times at its boundary_ratio" in FAMILIES["WanPipeline"].refuse(part)
     tokens = type(pipe)(**pipe.components, expand_timesteps=True)
     assert "a time for every token" in FAMILIES["WanPipeline"].refuse(tokens)
+
+
+def test_the_student_of_two_networks_is_two_networks(teachers, tmp_path):
+    teacher = teachers["wan22"]
+    assert teacher.components == ("transformer", "transformer_2") and teacher.net is teacher.net
+    roles = build(copy.deepcopy(teacher.net), {"student": Lora(2)}, lora_targets=teacher.family.lora_targets)
+    names = {key.split(".")[0] for key in roles["student"].weights()}
+    assert names == {"transformer", "transformer_2"}
+    with pytest.raises(ValueError, match="two networks along time, and so is its student as it is; leave student.phases away"):
+        gather(roles, 2, teacher.family.call)
+    to = export(teacher, LORA, student(teacher, LORA), sampler="ddim", steps=4, to=tmp_path / "out", record=RECORD)
+    facts, card = json.loads((to / "fewstep.json").read_text()), (to / "README.md").read_text()
+    assert facts["lora"]["others"]["transformer_2"]["file"] == "transformer_2_lora_weights.safetensors"
+    with pytest.raises(ValueError, match="a PEFT folder holds one network's LoRA and WanPipeline has two"):
+        weights = student(teacher, LORA)
+        export(teacher, LORA, weights, sampler="ddim", steps=4, to=tmp_path / "no", record=RECORD, layout="peft")
+    assert "load_lora_weights(folder, weight_name='transformer_2_lora_weights.safetensors', load_into_transformer_2=True)" in card
+    (to / "transformer_2_lora_weights.safetensors").write_bytes((to / "pytorch_lora_weights.safetensors").read_bytes())
+    wrong = [c["name"] for c in proof.prove(to, teacher.path, tmp_path) if not c["ok"]]
+    assert wrong == ["pixels at 2", "pixels at 4"]  # one step is the first network's alone
 
 
 def test_videos_are_shown_by_their_middle_frame_and_learned_from_prompts_alone(teachers):

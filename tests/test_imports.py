@@ -80,7 +80,7 @@ MAY_IMPORT = {
     | LOOP
     | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "plain", "preview", "stages"},
     # what the commands do
-    "plan": SIDE_DOORS | {"config", "pixels"},
+    "plan": SIDE_DOORS | {"config", "experts", "pixels"},
     "drawing": {"api", "data", "evaluation"},
     "judging": {"api", "adapters", "data", "denoiser", "evaluation", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},

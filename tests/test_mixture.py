@@ -81,7 +81,7 @@ def test_every_expert_has_a_file_in_stock_names(root):
     """Each is a LoRA of its own, alpha folded in, that a stock pipeline reads alone."""
     teacher = load_teacher(str(root / "sd"))
     each = apart(mixed(teacher, LORA, 2), 2)
-    for k, file in enumerate(mixture.lora_files(2).values()):
+    for k, file in enumerate(mixture.lora_files(2, ["unet"]).values()):
         found = load_file(root / "sd-lora" / file)
         assert found.keys() == {f"unet.{name}" for name in each[k]}
         for name, w in each[k].items():
@@ -90,7 +90,7 @@ def test_every_expert_has_a_file_in_stock_names(root):
 
 
 def swap_files(out: Path) -> None:
-    a, b = (out / file for file in mixture.lora_files(2).values())
+    a, b = (out / file for file in mixture.lora_files(2, ["unet"]).values())
     a.rename(out / "other")
     b.rename(a)
     (out / "other").rename(b)

@@ -529,21 +529,25 @@ def tiny_qwen_pipeline(seed: int = 0) -> QwenImagePipeline:
     return _seeded(make, seed)
 
 
+def tiny_wan_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+
+
 def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
     """Videos: 4x8x8 compression, UMT5, flow shift 5 of a multistep solver."""
 
     def make() -> WanPipeline:
-        transformer = WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=16,
-            ffn_dim=16,
-            num_layers=1,
-            rope_max_seq_len=32,
-        )
+        transformer = tiny_wan_transformer()
         vae = AutoencoderKLWan(
             base_dim=4,
             z_dim=4,
@@ -563,6 +567,14 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
         )
 
     return _seeded(make, seed)
+
+
+def tiny_wan22_pipeline(seed: int = 0) -> WanPipeline:
+    """Wan 2.2 A14B: another network below the boundary, which lies in the middle of four deployed times."""
+    one = tiny_wan_pipeline(seed)
+    other = _seeded(lambda: WanPipeline(**{**one.components, "transformer_2": tiny_wan_transformer()}), seed + 1)
+    other.register_to_config(boundary_ratio=0.875)
+    return other
 
 
 def tiny_ltx_pipeline(seed: int = 0) -> LTXPipeline:
@@ -694,6 +706,7 @@ MAKERS: dict[str, tuple[Callable[[], DiffusionPipeline], tuple[int, ...] | None]
     "lumina2": (tiny_lumina2_pipeline, None),
     "qwen": (tiny_qwen_pipeline, (64, 48)),
     "wan": (tiny_wan_pipeline, (5, 64, 48)),
+    "wan22": (tiny_wan22_pipeline, (5, 64, 48)),
     "ltx": (tiny_ltx_pipeline, (9, 32, 64)),
     "cogvideox": (tiny_cogvideox_pipeline, None),
     "zimage": (tiny_zimage_pipeline, None),

@@ -53,7 +53,7 @@ def make_pairs(
     made_by = {
         "kind": "pairs",
         "version": 1,
-        "teacher": fingerprint(teacher, teacher.family.component),
+        "teacher": fingerprint(teacher, *teacher.components),
         "path": hashlib.blake2b(f"{teacher.schedule} {teacher.target}".encode(), digest_size=16).hexdigest(),
         "guidance": wish.guided.scale if isinstance(wish.guided, Guided) else wish.guided.guidance,
         "times": list(times),

@@ -91,9 +91,10 @@ EXAMPLES = ("a small red circle left of a large blue square on a grey background
 class Family:
     """How one pipeline class is read, called, sized and deployed. x is always (B, C, H, W), or (B, C, F, H, W) for video.
 
-    component: the attribute that is distilled. call: see Denoiser. encode: (pipe, prompts, setting) -> Cond; null: the same for
-    "no prompt" as the pipeline itself makes it (None: the empty prompt), without what is not about words. resized: such
-    conditions for a picture of another size. schedule, target: from the pipeline's scheduler.
+    component: the attribute that is distilled; second: that of a network for the cleaner times, which some pipelines have. call:
+    see Denoiser. encode: (pipe, prompts, setting) -> Cond; null: the same for "no prompt" as the pipeline itself makes it (None:
+    the empty prompt), without what is not about words. resized: such conditions for a picture of another size. schedule, target:
+    from the pipeline's scheduler.
     samplers: sampler name -> (scheduler class, config) for the deployed pipeline, the default one first.
     no_words: from the network's config, keyword arguments that stand in for a prompt when only the pipeline's loop matters.
     guide: our scale (1 = none) as keyword arguments of the pipeline's call; renorm: what the pipeline does to a guided output
@@ -103,6 +104,7 @@ class Family:
     ask: (pipe, prompts) as keyword arguments of the call. examples: two prompts for which an export is proved."""
 
     component: str = "transformer"
+    second: str | None = None
     call: Callable[[Any, Tensor, Tensor, Cond], Tensor]
     encode: Callable[[Any, list[str], Setting], Cond]
     null: Callable[[Any, Setting], Cond] | None = None

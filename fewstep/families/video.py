@@ -1,4 +1,4 @@
-"""Videos: Wan 2.1, LTX-Video, CogVideoX. x is (B, C, F, H, W) over latent frames."""
+"""Videos: Wan 2.1 and 2.2 (two networks), LTX-Video, CogVideoX. x is (B, C, F, H, W) over latent frames."""
 
 from __future__ import annotations
 
@@ -50,14 +50,15 @@ def _wan_decode(pipe: Any, x: Tensor) -> Tensor:
 
 
 def _wan_refusal(pipe: Any) -> str | None:
-    if pipe.transformer_2 is not None:
-        return "Wan 2.2 A14B is two networks, each for its own part of the noise levels, and only one network is distilled here"
+    if pipe.transformer is None or (pipe.transformer_2 is None) != (pipe.config.boundary_ratio is None):
+        return "it is a part of Wan 2.2 A14B, whose two networks share the times at its boundary_ratio; all three are wanted"
     if pipe.config.expand_timesteps:
         return "Wan 2.2 TI2V feeds its network a time for every token; Wan 2.1 and other text-to-video models of one time can be"
     return None
 
 
 WAN = Family(
+    second="transformer_2",
     call=_wan_call,
     encode=_wan_encode,
     schedule=flow(0.0, 1000.0),
