@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from fewstep import checkpoint
+from fewstep import checkpoint, optimizers
 from fewstep.data import Buckets, Source
 from fewstep.ema import Ema
 from fewstep.experts import PhasedExperts
@@ -37,6 +37,7 @@ class Settings:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 10  # rounds of linear warm-up
     betas: tuple[float, float] = (0.9, 0.999)
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"  # the second needs bitsandbytes and CUDA
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm of a turn
     ema: float = 0.99  # decay of the student's average, which is what is previewed, exported and judged; 0: the last weights
@@ -95,9 +96,8 @@ class Player:
         self.first = {k: p.detach().to("cpu", copy=True) for k, p in role.weights().items()} if restarts else {}
         self.keys = list(role.weights())
         self.parameters = list(role.weights().values())
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        make = optimizers.KINDS[settings.optimizer].make
+        optimizer = make(self.parameters, settings.lr, settings.betas, settings.weight_decay)
         self.module, self.optimizer = accelerator.prepare(role, optimizer)
         device = accelerator.device
         self.skipped, self.streak = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -107,10 +107,9 @@ class Player:
         norm = nn.utils.clip_grad_norm_(self.parameters, clip)
         bad = (~torch.isfinite(norm)).float()
         inner = self.optimizer.optimizer
-        inner.found_inf, inner.grad_scale = bad, None  # the fused optimizer's own switch: no step, no host wait
         for group in inner.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        optimizers.step_unless(bad, self.optimizer, inner)
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += bad
         self.streak = (self.streak + 1) * bad
@@ -123,13 +122,15 @@ class Player:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.optimizer.state
-        return {f"{k}:{name}": v for k, p in zip(self.keys, self.parameters, strict=True) for name, v in state.get(p, {}).items()}
+        named = zip(self.keys, self.parameters, strict=True)
+        return {f"{k}:{name}": torch.as_tensor(v) for k, p in named for name, v in state.get(p, {}).items()}
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         state, own = self.optimizer.optimizer.state, dict(zip(self.keys, self.parameters, strict=True))
         for name, value in tensors.items():
             key, _, part = name.rpartition(":")
-            state[own[key]][part] = value.to(own[key].device)
+            counted = value.ndim == 0 and not value.is_floating_point()  # a plain number, as some optimizers count their steps
+            state[own[key]][part] = int(value) if counted else value.to(own[key].device)
 
 
 def make_accelerator(settings: Settings, *, partly: bool = False) -> Accelerator:
@@ -139,6 +140,7 @@ def make_accelerator(settings: Settings, *, partly: bool = False) -> Accelerator
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device is cuda, but this machine has no usable CUDA device; set train.device to cpu or auto")
     cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    optimizers.check_optimizer(settings.optimizer, cpu)
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if partly else None
     return Accelerator(cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers)
 

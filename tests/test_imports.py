@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[1]
 MATH = {"schedules", "losses", "divergences", "stream"}
 DENOISER = MATH | {"denoiser"}
 PARTS = {"sampling", "times", "taps", "heads", "experts", "matched", "tangents"}
-TEACHER = {"families", "folders", "shapes", "deploy", "adapters"}
-SIDE_DOORS = TEACHER | {"networks", "data", "card", "loraformat", "lorafiles", "mixture", "phased", "strength", "proof", "export"}
-LOOP = {"trainer", "ema", "checkpoint", "advice", "costs", "monitor", "progress"}
-COMMANDS = {"plan", "drawing", "judging", "listing", "doctor", "push", "demo"}
+TEACHER = {"families", "folders", "shapes", "deploy", "adapters", "weightless"}
+SIDE_DOORS = TEACHER | {"storage", "networks", "data", "card", "loraformat", "lorafiles", "mixture", "phased", "strength"}
+SIDE_DOORS |= {"proof", "export"}
+LOOP = {"trainer", "ema", "checkpoint", "optimizers", "advice", "costs", "monitor", "progress"}
+COMMANDS = {"plan", "forecast", "drawing", "judging", "listing", "doctor", "push", "demo"}
 MAY_IMPORT = {
     # upwards, one layer a paragraph
     "schedules": set(),
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "objectives": DENOISER | PARTS,
     #
     "ema": set(),
+    "optimizers": set(),
     "checkpoint": {"ema"},
     "advice": set(),
     "costs": set(),
@@ -50,8 +52,10 @@ MAY_IMPORT = {
     "folders": {"zoo"},
     "shapes": {"families", "folders"},
     "deploy": DENOISER | PARTS | {"families"},
-    "adapters": DENOISER | PARTS | TEACHER | {"zoo", "embedders"},
-    "networks": DENOISER | PARTS | TEACHER | {"embedders"},
+    "adapters": DENOISER | PARTS | {"families", "folders", "shapes", "deploy", "zoo", "embedders"},
+    "weightless": {"families", "folders", "adapters"},
+    "storage": set(),
+    "networks": DENOISER | PARTS | TEACHER | {"embedders", "storage"},
     "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},
     "keymaps": set(),
     "loraformat": {"keymaps"},
@@ -81,6 +85,7 @@ MAY_IMPORT = {
     | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "plain", "preview", "stages"},
     # what the commands do
     "plan": SIDE_DOORS | {"config", "experts", "pixels"},
+    "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "api"},
     "drawing": {"api", "data", "evaluation"},
     "judging": {"api", "adapters", "data", "denoiser", "evaluation", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
