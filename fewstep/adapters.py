@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -118,6 +119,11 @@ class Teacher:
         """The condition that stands for "no prompt" (leading axis 1), as the teacher's own pipeline makes it."""
         return self.encode([""]) if self.family.null is None else self.family.null(self.pipe, self.setting)
 
+    @property
+    def at_once(self) -> int:
+        """How many pictures at most the autoencoder is given at a time: what it holds grows with their pixels."""
+        return max(1, min(64, 2**18 // math.prod(self.setting.size)))
+
     @torch.no_grad()
     def to_latents(self, images: np.ndarray, batch: int = 64) -> Tensor:
         """uint8 images (n, h, w, 3) to what the network denoises: scaled posterior means, or pixels in [-1, 1].
@@ -126,6 +132,7 @@ class Teacher:
         if len(self.setting.size) == 3:
             raise ValueError(f"{type(self.pipe).__name__} makes videos, a picture is none; use data.prompts, or teacher pairs")
         parts = []
+        batch = min(batch, self.at_once)
         for i in range(0, len(images), batch):
             x = torch.from_numpy(images[i : i + batch]).permute(0, 3, 1, 2).float() / 127.5 - 1
             parts.append(self.family.encode_pixels(self.pipe, x).float().cpu())
@@ -140,7 +147,7 @@ class Teacher:
     def to_images(self, latents: Tensor, batch: int = 64) -> np.ndarray:
         """uint8 (n, h, w, 3), rounded as a PNG would be; of a video its middle frame."""
         parts = []
-        for x in latents.split(batch):
+        for x in latents.split(min(batch, self.at_once)):
             images = self.decode(x)
             images = images if images.ndim == 4 else images[:, images.shape[1] // 2]
             parts.append((images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
@@ -191,6 +198,11 @@ def load_teacher(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         remedy = "save it again with pipe.save_pretrained" if folder else "check the id and the network, or give a folder"
         raise ValueError(f"the teacher {path} cannot be loaded ({str(error).splitlines()[0]}); {remedy}") from error
+    return teacher_of(path, pipe.to(device), size=size, guidance=guidance)
+
+
+def teacher_of(path: str, pipe: Any, *, size: tuple[int, ...] | None = None, guidance: float | None = None) -> Teacher:
+    """A pipeline as a frozen teacher; see `load_teacher`."""
     family = family_of(type(pipe).__name__)
     if reason := family.refuse(pipe):
         raise ValueError(f"the teacher {path} cannot be distilled: {reason}")
@@ -200,4 +212,4 @@ def load_teacher(
             part.requires_grad_(False).eval()
     embedders.gain(getattr(pipe, family.component))  # a distilled one may take the guidance scale
     setting = setting_of(family, net_config(getattr(pipe, family.component)), _vae_config(pipe), size, guidance)
-    return Teacher(path, pipe.to(device), family, family.schedule(pipe.scheduler), family.target(pipe.scheduler), setting)
+    return Teacher(path, pipe, family, family.schedule(pipe.scheduler), family.target(pipe.scheduler), setting)

@@ -28,6 +28,7 @@ from fewstep.preview import Preview
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
 from fewstep.stages import Stage, check_folder, find, stages_of, store
+from fewstep.storage import KEEPINGS
 from fewstep.stream import rows
 from fewstep.trainer import Job, fit, make_accelerator
 
@@ -121,7 +122,12 @@ class Study:
 
 def open_study(config: Config) -> Study:
     """Loads the teacher and makes the roles. Raises ValueError for what cannot work, before any training."""
-    teacher = load_teacher(config.teacher.path, size=config.teacher.size, guidance=config.teacher.guidance)
+    wish = config.teacher
+    return study_of(config, load_teacher(wish.path, size=wish.size, guidance=wish.guidance))
+
+
+def study_of(config: Config, teacher: Teacher) -> Study:
+    """The roles of a config on its teacher's network."""
     objective, family = config.objective, teacher.family
     sampler, grid = _deployed(teacher, config)
     backend = ATTENTION[config.train.attention]
@@ -136,6 +142,7 @@ def open_study(config: Config) -> Study:
         lora_targets=family.lora_targets,
         dtype=getattr(torch, config.train.dtype),
         checkpointing=config.train.checkpointing,
+        storage=KEEPINGS.get(config.teacher.storage),
         seed=config.train.seed,
     )
     roles = gather(built, config.phases, family.call)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fewstep import embedders
 from fewstep.experts import PhasedExperts, Relay
 from fewstep.heads import Heads
+from fewstep.storage import Keeping, keep_small, noting
 from fewstep.taps import Enough
 
 
@@ -67,6 +69,10 @@ class Role(nn.Module):
         super().__init__()
         self.name, self.adapter, self.owns, self.dtype = name, adapter, owns, dtype
         object.__setattr__(self, "_net", net)  # hidden from nn.Module: borrowed weights are not this role's parameters
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Takes the network's tensors, as they are now, for its own where they are."""
         for key, value in self.weights().items():
             self.register_parameter(key.replace(".", "/"), value)
 
@@ -86,7 +92,7 @@ class Role(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         _activate(self.net, self.adapter)
         device = next(self.net.parameters()).device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32), noting(self.net):
             try:
                 return self.net(*args, **kwargs)
             except Enough as enough:  # a return value, so that DistributedDataParallel ends its forward in order
@@ -123,11 +129,13 @@ def build(
     lora_targets: Iterable[str],
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
+    storage: Keeping | None = None,
     seed: int = 0,
 ) -> dict[str, Role]:
     """The teacher and the wanted roles on one frozen base, which is changed in place (frozen, cast to dtype, adapters injected).
 
-    Full roles are float32 copies. Raises ValueError if no layer of the network matches `lora_targets`."""
+    Full roles are float32 copies. storage: how the base's matrices are kept, whole by default.
+    Raises ValueError if no layer of the network matches `lora_targets`."""
     base.requires_grad_(False).eval()
     copies = {name: copy.deepcopy(base).float() for name, kind in wanted.items() if isinstance(kind, Full)}
     with torch.random.fork_rng(devices=[]):
@@ -137,6 +145,9 @@ def build(
             net.requires_grad_(True)
     if any(p.dtype != dtype for p in base.parameters()):
         base.to(dtype)
+    if storage is not None:
+        own = (*(base._skip_layerwise_casting_patterns or ()), *(base._keep_in_fp32_modules or ()))
+        keep_small(base, storage, dtype, {*DEFAULT_SKIP_MODULES_PATTERN, *own})
     targets = list(lora_targets)
     for name, kind in wanted.items():
         if isinstance(kind, Lora):

@@ -22,7 +22,7 @@ def fingerprint(teacher: Teacher, *more: str) -> str:
     more: further components whose weights count, as the network's do for a sample. Adapters on them do not."""
     encoders = {k: v for k, v in teacher.pipe.components.items() if k.startswith(_ENCODERS) and v is not None}
     parts = encoders | {k: teacher.pipe.components[k] for k in more}
-    dtypes = {k: str(next(v.parameters()).dtype) for k, v in parts.items() if isinstance(v, nn.Module)}
+    dtypes = {k: _dtypes(v) for k, v in parts.items() if isinstance(v, nn.Module)}
     setting = [*teacher.setting.size, teacher.setting.guidance]  # some conditions contain them
     found: dict[str, Any] = {"dtypes": dtypes, "setting": setting}
     folder = _local(teacher.path)
@@ -34,6 +34,10 @@ def fingerprint(teacher: Teacher, *more: str) -> str:
         found |= {k: repr(v) for k, v in encoders.items()} | {k: repr(teacher.pipe.components[k].config) for k in more}
         found |= {f"{k} weights": _weights(v) for k, v in parts.items() if isinstance(v, nn.Module)}
     return hashlib.blake2b(json.dumps(found, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _dtypes(module: nn.Module) -> str:
+    return ", ".join(sorted({str(p.dtype) for name, p in module.named_parameters() if ".lora_" not in name}))
 
 
 def _local(path: str) -> Path | None:
