@@ -62,9 +62,11 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for everything the demo 
 def plan(config: Path, set_: Set = None, as_json: Json = False) -> None:
     """Validates a config; shows its deployed grid, roles, parameters, memory and disk. Loads no weights."""
     from fewstep.config import load
+    from fewstep.forecast import told
     from fewstep.plan import plan as make
 
-    found = make(load(config, set_ or ()))
+    wanted = load(config, set_ or ())
+    found = make(wanted) | {"memory (MiB)": told(wanted)}
     say(found, as_json, [f"{k:<24} {v if not isinstance(v, dict) else json.dumps(v)}" for k, v in found.items()])
 
 

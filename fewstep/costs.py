@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
+import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 
@@ -72,6 +74,62 @@ def saved_bytes(run: Callable[[], Any]) -> int:
         kept = run()
     del kept  # held until here, so that no storage is counted under another's address
     return sum(seen.values())
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive: of those it is shown, and while it is entered of all that are made.
+
+    held: now; peak: at most since the last `highest` began; gradients: those of them at that moment that lay in `.grad` of
+    parameters that `mark` was told of. What a kernel takes for itself and an allocator rounds up is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held, self.peak, self.gradients = 0, 0, 0
+        self._there: dict[int, weakref.ref[Any]] = {}
+        self._gradients = 0
+
+    def hold(self, tensors: Iterable[Tensor]) -> int:
+        """Counts tensors, until they are gone, and returns the bytes of those it did not know; what is shared counts once."""
+        before = self.held
+        for x in tensors:
+            self._note(x)
+        return self.held - before
+
+    def mark(self, parameters: Iterable[Tensor]) -> None:
+        """Says whose gradients are to be told apart."""
+
+        def arrived(p: Tensor) -> None:
+            self._gradients += p.numel() * p.element_size()
+
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(arrived)
+
+    def highest(self, run: Callable[[], Any]) -> int:
+        """The most that is held while `run` runs."""
+        self.peak, self.gradients, self._gradients = self.held, 0, 0
+        run()
+        return self.peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in _tensors(out):
+            self._note(x)
+        return out
+
+    def _note(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._there:
+            return
+
+        def gone(_: Any) -> None:
+            del self._there[key]
+            self.held -= size
+
+        self._there[key] = weakref.ref(storage, gone)
+        self.held += size
+        if self.held > self.peak:
+            self.peak, self.gradients = self.held, self._gradients
 
 
 def peak_gb() -> float:

@@ -52,11 +52,7 @@ def plan(config: Config) -> dict[str, Any]:
             roles["heads"] = heads_role(roles, config.objective.needs.heads, config.train.seed)
     frozen = ("teacher", "average", "tutor", "pixels")
     trained = {k: sum(p.numel() for p in role.parameters()) for k, role in roles.items() if k not in frozen}
-    width = 2 if config.train.dtype == "bfloat16" else 4
-    # weights float32 + gradient + two Adam moments for what is trained, the average for the student, the frozen base once
     averages = 4 * trained["student"] * (1 + ("average" in roles))
-    copies = 4 * trained["student"] * (("average" in roles) + ("tutor" in roles))
-    memory = base * width + sum(16 * n for n in trained.values()) + averages + copies
     disk = sum(12 * n for n in trained.values()) + averages
     return {
         "teacher": f"{config.teacher.path} ({name}, {base / 1e6:.2f} M parameters)",
@@ -64,7 +60,6 @@ def plan(config: Config) -> dict[str, Any]:
         "grid (network times)": grids,
         "sizes": [list(size) for size in sizes],
         "trained parameters": trained,
-        "memory, weights (MiB)": round(memory / 2**20, 1),
         "disk, a checkpoint (MiB)": round(disk / 2**20, 1),
         "settings": config.model_dump(mode="json"),
     }
@@ -72,10 +67,9 @@ def plan(config: Config) -> dict[str, Any]:
 
 def _of_stages(config: Config) -> dict[str, Any]:
     each = [plan(stage) for stage in config.stages]
-    memory, disk = "memory, weights (MiB)", "disk, a checkpoint (MiB)"
-    own = ("sampler", "grid (network times)", "trained parameters", memory, disk)
+    disk = "disk, a checkpoint (MiB)"
+    own = ("sampler", "grid (network times)", "trained parameters", disk)
     return each[-1] | {
-        memory: max(found[memory] for found in each),
         disk: round(sum(found[disk] for found in each), 1),
         "stages": {f"stage-{i}": {key: found[key] for key in own} for i, found in enumerate(each, 1)},
         "settings": config.model_dump(mode="json"),

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from tiny import MAKERS, save
+from torch import nn
 
 from fewstep import api
 from fewstep.config import parse
+from fewstep.costs import Ledger
+from fewstep.forecast import forecast
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +35,13 @@ def prompts(tmp_path, monkeypatch):
     return str(tmp_path / "prompts.txt")
 
 
-def config(teacher, prompts, *, weights="lora", objective=None, **train):
+def config(teacher, prompts, *, weights="lora", objective=None, storage="whole", **train):
     path, size = teacher
     kind = {"weights": weights, "rank": 2} if weights == "lora" else {"weights": "full"}
     found = objective or {"name": "dmd", "steps": 2, "critic_turns": 1}
     return parse(
         {
-            "teacher": {"path": path, "guidance": 3.0, "size": size},
+            "teacher": {"path": path, "guidance": 3.0, "size": size, "storage": storage},
             "student": kind,
             "critic": kind,
             "objective": found,
@@ -78,3 +81,67 @@ def test_a_process_that_paints_nothing_lets_go_of_the_autoencoder_too(teachers, 
     study.encoded(painting=False)
     assert study.teacher.pipe.vae is study.teacher.pipe.text_encoder is None
     assert study.teacher.net is net and len(study.null) == 1
+
+
+# What is predicted.
+
+
+def measured(config, folder, monkeypatch):
+    """The most bytes of tensors that a true run held: while encoding, while training, while drawing the last pictures."""
+    ledger, found = Ledger(), {}
+
+    def opened(config, open_study=api.open_study):
+        study = open_study(config)
+        networks = [v for v in study.teacher.pipe.components.values() if isinstance(v, nn.Module)]
+        ledger.hold(x for net in (*networks, *(r.net for r in study.roles.values())) for x in (*net.parameters(), *net.buffers()))
+        return study
+
+    def sourced(*given, open_source=api.open_source, **named):
+        kept = []
+        with ledger:
+            found["encoding"] = ledger.highest(lambda: kept.append(open_source(*given, **named)))
+        return kept[0]
+
+    def trained(job, fit=api.fit, **options):
+        with ledger:
+            ledger.highest(lambda: fit(job, **options))
+
+    def drawn(preview, *given, draw=api.Preview.__call__):
+        found["training"] = ledger.peak
+        found["pictures"] = ledger.highest(lambda: draw(preview, *given))
+
+    monkeypatch.setattr(api, "open_study", opened)
+    monkeypatch.setattr(api, "open_source", sourced)
+    monkeypatch.setattr(api, "fit", trained)
+    monkeypatch.setattr(api.Preview, "__call__", drawn)
+    monkeypatch.setattr(api.Study, "draw_teacher", lambda study, cond, steps, draw=api.Study.draw_teacher: draw(study, cond, 2))
+    api.train(config, folder)
+    return found
+
+
+def predicted(config):
+    """The same, from the configs alone."""
+    phases = forecast(config)["phases"]
+    turns = [peak for name, peak in phases.items() if name.endswith("turn")]
+    encoding = [phases[name] for name in ("encoding", "encoding images", "teacher pairs") if name in phases]
+    return {"encoding": max(encoding), "training": max(turns), "pictures": phases["pictures"]}
+
+
+CONSISTENCY = {"name": "consistency", "steps": 2}
+CASES = {
+    "sd, consistency, full, checkpointing, bfloat16": (
+        "sd",
+        {"weights": "full", "objective": CONSISTENCY, "checkpointing": True, "batch": 8, "dtype": "bfloat16"},
+    ),
+    "sd3, consistency, lora, checkpointing": ("sd3", {"weights": "lora", "objective": CONSISTENCY, "checkpointing": True}),
+    "flux, dmd, full": ("flux", {"weights": "full"}),
+    "the zoo's": ("zoo", {"weights": "lora", "batch": 8}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_forecast_is_within_15_percent_of_what_a_run_holds(teachers, prompts, tmp_path, monkeypatch, case):
+    name, wishes = CASES[case]
+    wanted = config(("zoo:sprites-sd", None) if name == "zoo" else teachers(name), prompts, **wishes)
+    guess = predicted(wanted)
+    assert guess == pytest.approx(measured(wanted, tmp_path / "run", monkeypatch), rel=0.15)

@@ -375,7 +375,6 @@ def test_a_plan_names_every_stage(setup):
     found = plan(config)
     each = [plan(stage) for stage in config.stages]
     assert found["stages"].keys() == {"stage-1", "stage-2"} and found["grid (network times)"] == each[1]["grid (network times)"]
-    assert found["memory, weights (MiB)"] == each[1]["memory, weights (MiB)"] > each[0]["memory, weights (MiB)"]  # who teaches
     assert found["trained parameters"].keys() == {"student"}
     assert found["settings"] == config.model_dump(mode="json") and differences(parse(found["settings"]), config) == []
     json.dumps(found)

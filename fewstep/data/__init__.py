@@ -3,11 +3,13 @@
 from fewstep.data.cache import cached, default_cache
 from fewstep.data.fingerprint import fingerprint
 from fewstep.data.images import ImageSet, read_images
-from fewstep.data.pairs import Pairs
+from fewstep.data.pairs import CHUNK, Pairs
 from fewstep.data.prompts import read_prompts
-from fewstep.data.source import Buckets, Source, open_source
+from fewstep.data.source import ENCODED_AT_ONCE, Buckets, Source, open_source
 
 __all__ = [
+    "CHUNK",
+    "ENCODED_AT_ONCE",
     "Buckets",
     "ImageSet",
     "Pairs",

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fewstep.adapters import Teacher
 
 
+ENCODED_AT_ONCE = 64
+
+
 class Drawn(NamedTuple):
     """A batch on the CPU: conditions (B), the shape (B, C, *S) of a batch, and where there are some, latents and noise."""
 
@@ -95,7 +98,7 @@ def open_source(
     pairs: Pairs | None = None,
     aspect: float = 1.0,
     cache: Path | None,
-    batch: int = 64,
+    batch: int = ENCODED_AT_ONCE,
     progress: bool = False,
 ) -> Source | Buckets:
     """Reads prompts (or images, whose captions are the prompts) and encodes them with the teacher, or finds that done in `cache`.
