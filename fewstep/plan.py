@@ -20,9 +20,9 @@ from fewstep.shapes import sizes_of
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """Deploy grid, roles, parameters, memory and disk of a run. Raises ValueError for what could not work.
+    """Deploy grid, roles, parameters and disk of a run. Raises ValueError for what could not work.
 
-    Of a run of stages: what its last one is, the most memory of any, the disk of all, and each of them under `stages`."""
+    Of a run of stages: what its last one is, the disk of all, and each of them under `stages`."""
     if config.stages:
         return _of_stages(config)
     folder = teacher_folder(config.teacher.path)
