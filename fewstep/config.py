@@ -26,7 +26,7 @@ class TeacherConfig(_Strict):
     """path: zoo:NAME, a Diffusers folder or a hub id. guidance: scale u + g (c - u), 1 is none; None: the family's default.
     size: ([frames,] height, width) in pixels; None: the teacher's own. net: original or, in a stage, previous
     or stage-N: who teaches is the student of the stage before or of that one, as it is, not guided any further; students are
-    held against the path's teacher all the same. storage: how the frozen network's matrices are kept, on which adapters learn as well."""
+    held against the path's teacher all the same. storage: how the frozen network's matrices are kept, which adapters learn on."""
 
     path: str
     guidance: float | None = None
