@@ -96,6 +96,7 @@ PUBLISHED = {
     ("zimage", "kohya"): ZIMAGE,
     ("wan", "comfyui"): WAN,
     ("wan", "kohya"): WAN,
+    ("wan22", "comfyui"): WAN,
     ("ltx", "comfyui"): LTX,
     ("cogvideox", "comfyui"): COGVIDEOX,
 }
@@ -119,12 +120,16 @@ def teachers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(teachers):
-    """The folded adapter of a family's student."""
-    return Made(lambda name: loraformat.fold(student(teachers[name], LORA), LORA.scale))
+    """The folded adapter of a family's student; of two networks, the first one's."""
+
+    def make(name: str) -> dict[str, torch.Tensor]:
+        return loraformat.apart(loraformat.fold(student(teachers[name], LORA), LORA.scale), teachers[name].components)[0]
+
+    return Made(make)
 
 
 def names_of(teacher, layout: str) -> loraformat.Naming:
-    return loraformat.naming(layout, type(teacher.net).__name__, teacher.family.component)
+    return loraformat.naming(layout, type(getattr(teacher.pipe, teacher.components[0])).__name__, teacher.family.component)
 
 
 def stems(spelt: dict[str, torch.Tensor], names: loraformat.Naming) -> set[str]:
@@ -173,7 +178,7 @@ def test_a_reader_blind_to_metadata_gets_the_same_deltas(teachers, adapters, nam
         if key.endswith(".alpha"):
             assert float(alpha) == len(spelt[key.removesuffix(".alpha") + names.a])
     save_file(spelt, tmp_path / "lora.safetensors")
-    found = dict(strength.deltas(tmp_path / "lora.safetensors", lorafiles.facts(folded, names, "lora.safetensors")))
+    found = dict(strength.deltas(tmp_path / "lora.safetensors", lorafiles.facts([folded], names, ["lora.safetensors"], ["it"])))
     assert sorted(found) == loraformat.modules(folded)
     for module, added in found.items():
         torch.testing.assert_close(added, loraformat.delta(folded[module + A], folded[module + B]).flatten(1))
@@ -347,7 +352,19 @@ def test_an_alpha_that_is_not_the_rank_is_found(adapters, teachers, tmp_path):
     first = min(k for k in spelt if k.endswith(".alpha"))
     save_file(spelt | {first: spelt[first] / 2}, tmp_path / "x")
     with pytest.raises(strength.Broken, match="alpha must equal rank"):
-        list(strength.deltas(tmp_path / "x", lorafiles.facts(adapters["sd3"], names, "x")))
+        list(strength.deltas(tmp_path / "x", lorafiles.facts([adapters["sd3"]], names, ["x"], ["it"])))
+
+
+def test_a_weight_of_no_layer_is_found(adapters, teachers, tmp_path):
+    names = names_of(teachers["sd3"], "comfyui")
+    facts, spelt = lorafiles.facts([adapters["sd3"]], names, ["x"], ["it"]), loraformat.spell(adapters["sd3"], names)
+    save_file(spelt | {names.stem("nowhere") + names.a: torch.zeros(1)}, tmp_path / "x")
+    with pytest.raises(strength.Broken, match="ignored 1 weights of x .first: diffusion_model.nowhere"):
+        list(strength.deltas(tmp_path / "x", facts))
+    first = min(spelt)
+    save_file({k: v for k, v in spelt.items() if k != first}, tmp_path / "x")
+    with pytest.raises(strength.Broken, match=f"x has no {first}"):
+        list(strength.deltas(tmp_path / "x", facts))
 
 
 def test_the_tables_name_networks_that_diffusers_has():
