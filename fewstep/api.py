@@ -30,7 +30,7 @@ from fewstep.sampling import STEPS, Predictor, sample
 from fewstep.stages import Stage, check_folder, find, stages_of, store
 from fewstep.storage import KEEPINGS
 from fewstep.stream import rows
-from fewstep.trainer import Job, fit, make_accelerator
+from fewstep.trainer import Job, fit, make_accelerator, runs_on_cpu
 
 Part = str | Mapping[str, Any]  # the name that a part of a config turns on, or the whole part
 
@@ -122,8 +122,7 @@ class Study:
 
 def open_study(config: Config) -> Study:
     """Loads the teacher and makes the roles. Raises ValueError for what cannot work, before any training."""
-    wish = config.teacher
-    return study_of(config, load_teacher(wish.path, size=wish.size, guidance=wish.guidance))
+    return study_of(config, load_teacher(config.teacher.path, size=config.teacher.size, guidance=config.teacher.guidance))
 
 
 def study_of(config: Config, teacher: Teacher) -> Study:
@@ -183,6 +182,9 @@ def generate(
 
 def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
     """Trains a config into a run folder. Raises ValueError where the folder holds another run, or resume would change it."""
+    for part in config.stages or (config,):
+        if runs_on_cpu(part.train) and part.teacher.storage == "host":
+            raise ValueError("teacher.storage: host is for a GPU to fetch weights from host memory; on the CPU leave it away")
     check_folder(config, folder, resume)
     *earlier, last = stages_of(config, folder)
     for stage in (*(part for part in earlier if not part.finished), last):

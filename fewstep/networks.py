@@ -146,7 +146,8 @@ def build(
     if any(p.dtype != dtype for p in base.parameters()):
         base.to(dtype)
     if storage is not None:
-        own = (*(base._skip_layerwise_casting_patterns or ()), *(base._keep_in_fp32_modules or ()))
+        one = base.first if isinstance(base, Relay) else base
+        own = (*(one._skip_layerwise_casting_patterns or ()), *(one._keep_in_fp32_modules or ()))
         keep_small(base, storage, dtype, {*DEFAULT_SKIP_MODULES_PATTERN, *own})
     targets = list(lora_targets)
     for name, kind in wanted.items():

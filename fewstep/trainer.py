@@ -133,16 +133,21 @@ class Player:
             state[own[key]][part] = int(value) if counted else value.to(own[key].device)
 
 
-def make_accelerator(settings: Settings, *, partly: bool = False) -> Accelerator:
-    """The process group and device of a run; partly: some turn asks only a part of its player, as of a mixture of experts.
-
-    Raises ValueError where CUDA is asked for and absent."""
+def runs_on_cpu(settings: Settings) -> bool:
+    """Where a run takes place. Raises ValueError where CUDA is asked for and absent, and for what does not work there."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device is cuda, but this machine has no usable CUDA device; set train.device to cpu or auto")
     cpu = settings.device == "cpu" or not torch.cuda.is_available()
     optimizers.check_optimizer(settings.optimizer, cpu)
+    return cpu
+
+
+def make_accelerator(settings: Settings, *, partly: bool = False) -> Accelerator:
+    """The process group and device of a run; partly: some turn asks only a part of its player, as of a mixture of experts.
+
+    Raises ValueError as `runs_on_cpu` does."""
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if partly else None
-    return Accelerator(cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers)
+    return Accelerator(cpu=runs_on_cpu(settings), step_scheduler_with_optimizer=False, kwargs_handlers=handlers)
 
 
 def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = None) -> Path:

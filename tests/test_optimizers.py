@@ -8,9 +8,10 @@ import torch
 from test_trainer import NAN, job, same, watched
 from torch import nn
 
-from fewstep import checkpoint
+from fewstep import api, checkpoint
+from fewstep.config import parse
 from fewstep.optimizers import KINDS, check_optimizer, step_unless
-from fewstep.trainer import Settings, fit, make_accelerator
+from fewstep.trainer import fit
 
 BETAS = (0.9, 0.999)
 
@@ -83,9 +84,24 @@ def test_a_run_goes_on_to_the_bit_and_counts_what_it_skips(name, tmp_path, bitsa
     assert all(same(files[k], wanted[k]) for k in wanted)
 
 
-def test_what_cannot_work_here_is_refused_in_a_sentence_before_anything_is_loaded(monkeypatch):
-    with pytest.raises(ValueError, match=r"needs bitsandbytes \(pip install 'fewstep\[bnb\]'\); or set it to adafactor"):
-        make_accelerator(Settings(optimizer="adamw8bit", device="cpu"))
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"train": {"optimizer": "adamw8bit"}}, r"needs bitsandbytes \(pip install 'fewstep\[bnb\]'\); or set it to adafactor"),
+        ({"teacher": {"path": "zoo:sprites-sd", "storage": "host"}}, "storage: host is for a GPU .*; on the CPU leave it away"),
+        ({"train": {"device": "cuda"}}, "set train.device to cpu or auto"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU cannot do")
+def test_what_cannot_work_here_is_refused_in_a_sentence_before_anything_is_loaded(wrong, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "load_teacher", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    tree = {"teacher": {"path": "zoo:sprites-sd"}, "objective": {"name": "dmd"}, "data": {"prompts": "zoo:sprites"}}
+    with pytest.raises(ValueError, match=said) as refusal:
+        api.train(parse(tree | wrong), tmp_path / "run")
+    assert "\n" not in str(refusal.value) and not (tmp_path / "run").exists()
+
+
+def test_eight_bits_are_for_cuda(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     with pytest.raises(ValueError, match="adamw8bit runs on CUDA devices alone; on the CPU set it to adafactor or adamw"):
         check_optimizer("adamw8bit", cpu=True)
