@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from fewstep.api import Study, study_of
 from fewstep.config import Config
@@ -28,9 +28,12 @@ A_PROMPT = "an old stone bridge over a quiet river in the light of a late summer
 PICTURES = 8  # of a preview
 
 
-def told(config: Config) -> dict[str, float]:
+def told(config: Config) -> dict[str, float | str]:
     """A forecast in MiB, of the stage that takes most if there are some: its peak, its phases, the parts of its highest turn."""
-    found = max((forecast(stage) for stage in config.stages or (config,)), key=lambda x: max(x["phases"].values()))
+    try:
+        found = max((forecast(stage) for stage in config.stages or (config,)), key=lambda x: max(x["phases"].values()))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        return {"peak": f"not predicted: something reads what the device has computed ({error})"}
     parts = {f"training, {name}": size for name, size in found["parts"].items() if size}
     return {k: round(v / 2**20, 1) for k, v in {"peak": max(found["phases"].values()), **found["phases"], **parts}.items()}
 

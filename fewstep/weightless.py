@@ -38,12 +38,13 @@ def pretend(net: nn.Module, mode: FakeTensorMode) -> None:
 
 def _replace(net: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     """Puts other tensors in the place of parameters and buffers; what was shared is shared again."""
-    made: dict[int, Any] = {}
+    made: dict[int, tuple[Tensor, nn.Parameter]] = {}  # with the old ones, so that no other is given their place meanwhile
     for module in net.modules():
         for key, p in module._parameters.items():
             if p is not None:
-                made[id(p)] = made.get(id(p)) or nn.Parameter(make(p), requires_grad=p.requires_grad)
-                module._parameters[key] = made[id(p)]
+                if id(p) not in made:
+                    made[id(p)] = p, nn.Parameter(make(p), requires_grad=p.requires_grad)
+                module._parameters[key] = made[id(p)][1]
         for key, x in module._buffers.items():
             if x is not None:
                 module._buffers[key] = make(x)

@@ -4,13 +4,14 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import MAKERS, save
 from torch import nn
 
 from fewstep import api
 from fewstep.config import parse
 from fewstep.costs import Ledger
-from fewstep.forecast import forecast
+from fewstep.forecast import forecast, told
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +146,29 @@ def test_the_forecast_is_within_15_percent_of_what_a_run_holds(teachers, prompts
     wanted = config(("zoo:sprites-sd", None) if name == "zoo" else teachers(name), prompts, **wishes)
     guess = predicted(wanted)
     assert guess == pytest.approx(measured(wanted, tmp_path / "run", monkeypatch), rel=0.15)
+
+
+def test_what_cannot_be_played_without_weights_is_said_not_to_be_predicted(teachers, prompts, monkeypatch):
+    def reads(study, *given):
+        return float(next(study.roles["student"].parameters()).sum())
+
+    monkeypatch.setattr("fewstep.forecast._train", reads)
+    assert set(told(config(teachers("sd"), prompts))) == {"peak"}
+    assert "reads what the device has computed" in told(config(teachers("sd"), prompts))["peak"]
+
+
+def test_a_ledger_counts_what_is_alive_once():
+    x = torch.zeros(10)
+    with Ledger() as ledger:
+        assert ledger.hold([x, x]) == ledger.held == 40 and ledger.hold([x.view(2, 5)]) == 0
+        made = [x.exp()]
+        assert ledger.held == 80
+        assert ledger.highest(lambda: (made[0] + 1).sin().sum()) == 80 + 40 + 40 and ledger.held == 80
+        made = [made[0].reshape(5, 2)[1:]]
+        assert ledger.held == 80, "a view keeps what it is a view of"
+        made.clear()
+        assert ledger.held == 40
+        p = nn.Parameter(torch.ones(10))
+        ledger.mark([p])
+        ledger.highest(lambda: (p * x).exp().sum().backward())
+        assert ledger.gradients in (0, 40) and p.grad is not None and ledger.held == 40 + 40 + 40
