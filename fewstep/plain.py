@@ -43,6 +43,8 @@ def check_objective(tree: Any, where: str) -> None:
             f"{where}.name: {tree['name']!r} is not known{hint(str(tree['name']), known)}; there are: {', '.join(known)}"
         )
     check_keys(tree, ["name", *(f.name for f in dataclasses.fields(known[tree["name"]]))], where)  # type: ignore[arg-type]
+    if isinstance(tree.get("steps"), int) and tree["steps"] < 1:
+        raise ValueError(f"{where}.steps must be at least 1, not {tree['steps']}")
     if "inner" in tree:
         check_objective(tree["inner"], f"{where}.inner")
 

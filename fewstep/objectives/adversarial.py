@@ -14,6 +14,7 @@ from fewstep.losses import CONTESTS, flat_mean
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, denoise, register
 from fewstep.objectives.contest import View, contest, drawn, looked, noised, overheard
 from fewstep.objectives.dmd import DMD
+from fewstep.objectives.ranges import at_least
 from fewstep.stream import Stream
 from fewstep.times import Uniform
 
@@ -54,6 +55,7 @@ class Adversarial(Objective):
 
     def __post_init__(self) -> None:
         Uniform(self.low, self.high, self.shift)
+        at_least(0, weight=self.weight, judge_weight=self.judge_weight, r1=self.r1, r2=self.r2, jitter=self.jitter)
         if isinstance(self.inner, Adversarial):
             raise ValueError("inner: adversarial is a wrapper already; one of them is enough")
         own, told = self.inner.needs, Heads(self.heads, self.taps, self.features)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.denoiser import Cond
 from fewstep.losses import mse
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register
+from fewstep.objectives.ranges import at_least
 from fewstep.schedules import NoiseSchedule, like
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -39,6 +40,7 @@ class Boot(Objective):
     def __post_init__(self) -> None:
         if not 0 < self.delta < 1:
             raise ValueError(f"delta is a part of the time range and lies between 0 and 1, not {self.delta}")
+        at_least(0, boundary=self.boundary)
 
     @property
     def needs(self) -> Needs:

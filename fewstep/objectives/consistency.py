@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.denoiser import Prediction
 from fewstep.losses import mse, pseudo_huber
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.ranges import at_least, share
 from fewstep.sampling import ddim
 from fewstep.schedules import like
 from fewstep.stream import Stream
@@ -45,6 +46,8 @@ class Consistency(Objective):
     def __post_init__(self) -> None:
         check_grid(self.steps, self.segments or self.steps, self.solver_steps)
         check_scales(self.guidance)
+        at_least(0, huber=self.huber)
+        share(average=self.average)
 
     @property
     def needs(self) -> Needs:
@@ -72,6 +75,7 @@ class Consistency(Objective):
 
 def check_grid(steps: int, segments: int, solver_steps: int) -> None:
     """Raises ValueError for counts that do not fit into each other."""
+    at_least(1, steps=steps, segments=segments, solver_steps=solver_steps)
     if steps % segments:
         raise ValueError(f"segments ({segments}) must divide steps ({steps}), so that segments meet at deployed times")
     if solver_steps % steps:

@@ -32,6 +32,7 @@ class GuidanceDistillation(Objective):
 
     def __post_init__(self) -> None:
         check_scales(self.guidance)
+        Uniform(self.low, 1.0)
 
     @property
     def needs(self) -> Needs:

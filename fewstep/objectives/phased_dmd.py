@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.losses import mse, normalised, push
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register, simulate
+from fewstep.objectives.ranges import at_least
 from fewstep.objectives.two_time_scale import size
 from fewstep.schedules import like
 from fewstep.stream import Stream
@@ -49,6 +50,8 @@ class PhasedDMD(Objective):
 
     def __post_init__(self) -> None:
         Uniform(self.low, self.high)
+        Uniform(self.critic_low, 1.0)
+        at_least(1, critic_turns=self.critic_turns)
         if self.phases < 1 or self.phase_rounds < 1 or self.steps % self.phases:
             raise ValueError(f"{self.steps} steps cannot be shared out over {self.phases} phases; choose a multiple")
 

@@ -14,6 +14,7 @@ from fewstep.losses import flat_mean, tamed
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.meanflow import FLOW, check_jumps
+from fewstep.objectives.ranges import share
 from fewstep.schedules import like
 from fewstep.stream import Stream
 
@@ -42,6 +43,7 @@ class RCGM(Objective):
     def __post_init__(self) -> None:
         check_jumps(self.steps, self.sampler)
         check_order(self.order, self.delta)
+        share(average=self.average)
 
     @property
     def needs(self) -> Needs:

@@ -13,6 +13,7 @@ from fewstep.denoiser import Prediction, linear_loss
 from fewstep.losses import mse, normalised, push, unit
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.ranges import at_least, positive
 from fewstep.objectives.scm import TRIG, tangent, times
 from fewstep.objectives.two_time_scale import size
 from fewstep.schedules import like
@@ -49,8 +50,11 @@ class RCM(Objective):
     derivative: Literal["jvp", "difference"] = "jvp"
 
     def __post_init__(self) -> None:
-        if self.rollout_steps < 1:
-            raise ValueError(f"rollout_steps must be at least 1, not {self.rollout_steps}")
+        LogNormal(self.mean, self.std)
+        LogNormal(self.score_mean, self.score_std)
+        at_least(1, rollout_steps=self.rollout_steps, critic_turns=self.critic_turns)
+        at_least(0, warmup=self.warmup, score_weight=self.score_weight)
+        positive(floor=self.floor)
 
     @property
     def needs(self) -> Needs:

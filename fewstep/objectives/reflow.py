@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.denoiser import Prediction
 from fewstep.losses import mse
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register
+from fewstep.objectives.ranges import at_least
 from fewstep.sampling import ddim, rollout
 from fewstep.schedules import like
 from fewstep.stream import Stream
@@ -36,6 +37,10 @@ class Reflow(Objective):
     sampler: str | None = None
     slope: float = 4.0
     huber: float = 0.03
+
+    def __post_init__(self) -> None:
+        UShaped(self.slope)
+        at_least(0, huber=self.huber)
 
     @property
     def needs(self) -> Needs:
@@ -73,6 +78,9 @@ class Regression(Objective):
     steps: int = 1
     sampler: str | None = None
     huber: float = 0.03
+
+    def __post_init__(self) -> None:
+        at_least(0, huber=self.huber)
 
     @property
     def needs(self) -> Needs:

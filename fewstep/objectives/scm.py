@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.losses import flat_mean, push, unit
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.ranges import at_least, positive
 from fewstep.schedules import TrigFlow, like
 from fewstep.stream import Stream
 from fewstep.tangents import DERIVATIVES, Derivative
@@ -48,6 +49,9 @@ class SCM(Objective):
     derivative: Literal["jvp", "difference"] = "jvp"
 
     def __post_init__(self) -> None:
+        LogNormal(self.mean, self.std)
+        at_least(0, warmup=self.warmup)
+        positive(floor=self.floor)
         if not 0 <= self.noise_share < 1:
             raise ValueError(f"noise_share is a share of samples in [0, 1), not {self.noise_share}")
 

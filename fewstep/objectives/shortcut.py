@@ -13,6 +13,7 @@ from fewstep.losses import mse
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.consistency import solver_times
 from fewstep.objectives.meanflow import FLOW, check_jumps
+from fewstep.objectives.ranges import share
 from fewstep.sampling import ddim
 from fewstep.schedules import NoiseSchedule, like
 from fewstep.stream import Stream
@@ -42,6 +43,7 @@ class Shortcut(Objective):
 
     def __post_init__(self) -> None:
         check_jumps(self.steps, self.sampler)
+        share(average=self.average)
         for name, n in (("steps", self.steps), ("solver_steps", self.solver_steps)):
             if n < 1 or n & (n - 1):
                 raise ValueError(f"{name} must be a power of two, not {n}: a jump is two jumps of half its length")

@@ -7,6 +7,7 @@ from typing import ClassVar, final
 
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.consistency import check_grid, check_scales, distance, first_of_segment, pair, scales, solver_times
+from fewstep.objectives.ranges import at_least, share
 from fewstep.stream import Stream
 
 
@@ -39,6 +40,8 @@ class TCD(Objective):
     def __post_init__(self) -> None:
         check_grid(self.steps, self.segments, self.solver_steps)
         check_scales(self.guidance)
+        at_least(0, huber=self.huber)
+        share(average=self.average)
 
     @property
     def needs(self) -> Needs:

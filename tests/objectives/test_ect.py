@@ -6,7 +6,8 @@ from products import VAR, batch
 from toys import NOTHING, SCHEDULES, Gaussian, denoiser, endpoint, game, gaussian, times
 
 from fewstep.losses import sample_huber
-from fewstep.objectives.ect import ECT, ICT, from_data, level
+from fewstep.objectives.ect import ECT, from_data, level
+from fewstep.objectives.ict import ICT
 from fewstep.sampling import uniform_grid
 from fewstep.stream import stream
 

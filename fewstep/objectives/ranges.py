@@ -1,0 +1,24 @@
+"""Settings that no loss can be made of are refused where a config is read, in sentences that all objectives share."""
+
+from __future__ import annotations
+
+
+def at_least(least: float, **settings: float | None) -> None:
+    """Raises ValueError for the first setting below `least`; None is a setting that is not used."""
+    for name, value in settings.items():
+        if value is not None and not value >= least:  # so that nan is refused, too
+            raise ValueError(f"{name} must be at least {least:g}, not {value}")
+
+
+def positive(**settings: float | None) -> None:
+    """Raises ValueError for the first setting that is not above 0; None is a setting that is not used."""
+    for name, value in settings.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, not {value}")
+
+
+def share(**settings: float | None) -> None:
+    """Raises ValueError for the first setting outside [0, 1]; None is a setting that is not used."""
+    for name, value in settings.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} is a share between 0 and 1, not {value}")
