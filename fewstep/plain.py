@@ -40,7 +40,7 @@ def check_objective(tree: Any, where: str) -> None:
         raise ValueError(f"{where} needs a name, one of: {', '.join(known)}")
     if tree["name"] not in known:
         raise ValueError(
-            f"{where}.name: {tree['name']!r} is not known{hint(str(tree['name']), known)}; there are: {', '.join(known)}"
+            f"{where}.name: {tree['name']!r} is not known{hint(str(tree['name']), known)}; `fewstep list objectives` names them"
         )
     check_keys(tree, ["name", *(f.name for f in dataclasses.fields(known[tree["name"]]))], where)  # type: ignore[arg-type]
     if isinstance(tree.get("steps"), int) and tree["steps"] < 1:
