@@ -60,6 +60,9 @@ class OneLevel(NoiseSchedule):
         noisy = (t > 0).double()
         return 1 + noisy * (self.alpha - 1), noisy * self.sigma
 
+    def prior(self, noise: Tensor) -> Tensor:
+        return max(self.sigma, 1.0) * noise
+
     def t_of_ratio(self, ratio: Tensor) -> Tensor:
         return (ratio > 0).double()
 
