@@ -20,13 +20,14 @@ from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.experts import PhasedExperts, along
 from fewstep.heads import Discriminator
-from fewstep.networks import Role, build, gather, heads_role, set_weights
+from fewstep.networks import Role, attend, build, expert_names, gather, heads_role, set_weights
 from fewstep.objectives import Nets
 from fewstep.pixels import looking, pixels_role
 from fewstep.plain import stepped
 from fewstep.preview import Preview
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
+from fewstep.slim import try_out
 from fewstep.stages import Stage, check_folder, find, stages_of, store
 from fewstep.storage import KEEPINGS
 from fewstep.stream import rows
@@ -129,12 +130,6 @@ def study_of(config: Config, teacher: Teacher) -> Study:
     """The roles of a config on its teacher's network."""
     objective, family = config.objective, teacher.family
     sampler, grid = _deployed(teacher, config)
-    backend = ATTENTION[config.train.attention]
-    if backend != "native":
-        try:
-            teacher.net.set_attention_backend(backend)
-        except (RuntimeError, ImportError, ValueError) as error:
-            raise ValueError(f"train.attention: {backend} does not work here ({error}); sdpa always does") from error
     built = build(
         teacher.net,
         config.kinds(),
@@ -144,11 +139,17 @@ def study_of(config: Config, teacher: Teacher) -> Study:
         storage=KEEPINGS.get(config.teacher.storage),
         seed=config.train.seed,
     )
+    backend = ATTENTION[config.train.attention]
+    if backend != "native":
+        attend(built.values(), backend)
     roles = gather(built, config.phases, family.call)
     if "heads" in objective.needs.roles:
         roles |= pixels_role(objective.needs.heads, partial(family.decode, teacher.pipe), getattr(teacher.pipe, "vae", None))
         roles["heads"] = heads_role(roles, objective.needs.heads, config.train.seed)
-    return Study(config, teacher, roles, sampler, grid)
+    study = Study(config, teacher, roles, sampler, grid)
+    if config.student.network:
+        try_out(study.player(built[expert_names(config.phases)[0]]), teacher.latent_shape, study.null)
+    return study
 
 
 def _deployed(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]:

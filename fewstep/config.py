@@ -54,9 +54,12 @@ class WeightsConfig(_Strict):
 
 
 class StudentConfig(WeightsConfig):
-    """phases: experts that share the deployed steps among them, in order of time; None: as many as the objective needs."""
+    """phases: experts that share the deployed steps among them, in order of time; None: as many as the objective needs. network:
+    settings of the teacher's network (the config.json of its folder) in which the student's differs, as in
+    {block_out_channels: [32, 48]}; such a student has full weights, and starts from random ones."""
 
     phases: int | None = Field(default=None, ge=1)
+    network: dict[str, Any] = {}
 
 
 class DataConfig(_Strict):
@@ -90,7 +93,7 @@ class Config(_Strict):
     def student_kind(self) -> Full | Lora:
         """How the student is trained, with the inputs that the objective gives its network."""
         kind, inputs = self.student.kind(), self.objective.needs.inputs
-        return dataclasses.replace(kind, inputs=inputs) if isinstance(kind, Full) else kind
+        return dataclasses.replace(kind, inputs=inputs, network=self.student.network) if isinstance(kind, Full) else kind
 
     @property
     def phases(self) -> int:
@@ -190,6 +193,8 @@ def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
             f"objective {name}, set like this, feeds the student's network the {' and the '.join(needs.inputs)}, "
             "for which it needs weights of its own: set student: {weights: full}"
         )
+    if config.student.network and config.student.weights != "full":
+        raise ValueError("student.network makes a network of its own, which a LoRA cannot be: set student.weights: full")
     if (needs.inputs or needs.average is not None) and config.phases > 1:
         raise ValueError(
             f"objective {name}, set like this, wants a student of one network, not of {config.phases} experts: "
@@ -245,6 +250,8 @@ def _check_start(config: Config, before: Sequence[Config]) -> None:
                 "student: a LoRA goes on from a LoRA of the same rank and alpha; "
                 "write the same student in the stages before, or student: {weights: full} in this one"
             )
+        if config.student.network != old.student.network:
+            raise ValueError("student.network: the stages of a run share one network; write it once, above the stages")
         if lost := sorted({*_inputs(old)} - {*_inputs(config)}):
             raise ValueError(f"objective: the student before takes the {lost[0]}, which this objective does not tell it")
         if old.phases not in (1, config.phases):

@@ -25,6 +25,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.experts import PhasedExperts, Relay, along, apart
 from fewstep.networks import Full, Lora, Role, build, set_weights
 from fewstep.sampling import STEPS, sample
+from fewstep.slim import body
 
 FACTS, REFERENCE = "fewstep.json", "reference.safetensors"
 LORA_FILE = mixture.LORA_FILE
@@ -121,13 +122,13 @@ def _pristine(teacher: Teacher) -> Teacher:
 
 
 def _student(teacher: Teacher, kind: Full | Lora, weights: Mapping[str, Tensor]) -> Role:
-    """The student as training had it, adapter unfolded and unmerged, on a copy of the teacher's network."""
-    net = copy.deepcopy(teacher.net)
+    """The student as training had it, adapter unfolded and unmerged, on a copy of the teacher's network or its own."""
     if isinstance(kind, Full):
+        net = body(teacher.net, kind.network, SEED)
         embedders.gain(net, kind.inputs)
         role = Role("student", net, owns=True, dtype=torch.float32)
     else:
-        role = build(net, {"student": kind}, lora_targets=loraformat.modules(weights))["student"]
+        role = build(copy.deepcopy(teacher.net), {"student": kind}, lora_targets=loraformat.modules(weights))["student"]
     set_weights(role, weights)
     return role
 

@@ -57,5 +57,11 @@ class Matched:
         return self.denoiser.schedule.t_of_ratio(sigma / alpha)
 
 
+def straight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """The time (B,) in [0, 1] on the straight path at which the noise ratio is that of a schedule at t."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return sigma / (alpha + sigma)
+
+
 def _norm(alpha: Tensor, sigma: Tensor) -> Tensor:
     return (alpha**2 + sigma**2).sqrt()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,15 +17,18 @@ from torch import Tensor, nn
 from fewstep import embedders
 from fewstep.experts import PhasedExperts, Relay
 from fewstep.heads import Heads
+from fewstep.slim import body
 from fewstep.storage import Keeping, keep_small, noting
 from fewstep.taps import Enough
 
 
 @dataclass(frozen=True)
 class Full:
-    """A role with weights of its own, all trained. inputs: what its network takes besides, see `embedders`."""
+    """A role with weights of its own, all trained. inputs: what its network takes besides, see `embedders`. network: settings of
+    its config that are not the base's, see `slim`."""
 
     inputs: tuple[str, ...] = ()
+    network: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,10 @@ def build(
 ) -> dict[str, Role]:
     """The teacher and the wanted roles on one frozen base, which is changed in place (frozen, cast to dtype, adapters injected).
 
-    Full roles are float32 copies. storage: how the base's matrices are kept, whole by default.
-    Raises ValueError if no layer of the network matches `lora_targets`."""
+    Full roles are float32 copies, or networks of another shape. storage: how the base's matrices are kept, whole by default.
+    Raises ValueError if no layer of the network matches `lora_targets`, or a shape is none."""
     base.requires_grad_(False).eval()
-    copies = {name: copy.deepcopy(base).float() for name, kind in wanted.items() if isinstance(kind, Full)}
+    copies = {name: body(base, kind.network, seed) for name, kind in wanted.items() if isinstance(kind, Full)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, net in copies.items():
@@ -208,6 +210,15 @@ def parameter_bytes(roles: Iterable[Role]) -> int:
     """Bytes of all distinct parameters that the roles compute with: a shared base counts once."""
     seen = {p.data_ptr(): p.numel() * p.element_size() for role in roles for p in role.net.parameters()}
     return sum(seen.values())
+
+
+def attend(roles: Iterable[Role], backend: str) -> None:
+    """Has their networks attend by a backend of Diffusers. Raises ValueError where it does not work here."""
+    try:
+        for role in roles:
+            role.net.set_attention_backend(backend)
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"train.attention: {backend} does not work here ({error}); sdpa always does") from error
 
 
 def set_weights(role: Role | PhasedExperts, tensors: Mapping[str, Tensor]) -> None:

@@ -55,7 +55,8 @@ MAY_IMPORT = {
     "adapters": DENOISER | PARTS | {"families", "folders", "shapes", "deploy", "zoo", "embedders"},
     "weightless": {"families", "folders", "adapters"},
     "storage": set(),
-    "networks": DENOISER | PARTS | TEACHER | {"embedders", "storage"},
+    "slim": DENOISER | {"experts"},
+    "networks": DENOISER | PARTS | TEACHER | {"embedders", "slim", "storage"},
     "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},
     "keymaps": set(),
     "loraformat": {"keymaps"},
@@ -65,7 +66,7 @@ MAY_IMPORT = {
     "strength": set(),  # as proof
     "proof": set(),  # runs where fewstep cannot be imported
     "card": DENOISER | PARTS | TEACHER | {"loraformat"},
-    "export": DENOISER | PARTS | SIDE_DOORS | {"embedders"},
+    "export": DENOISER | PARTS | SIDE_DOORS | {"embedders", "slim"},
     "verify": DENOISER | PARTS | SIDE_DOORS,
     # the judge: sees pictures, not how they were trained
     "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress"},
@@ -82,7 +83,7 @@ MAY_IMPORT = {
     | PARTS
     | SIDE_DOORS
     | LOOP
-    | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "plain", "preview", "stages"},
+    | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "plain", "preview", "stages", "slim"},
     # what the commands do
     "plan": SIDE_DOORS | {"config", "experts", "pixels"},
     "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "api"},

@@ -9,7 +9,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Prediction
 from fewstep.losses import mse
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register
 from fewstep.objectives.ranges import at_least
@@ -51,16 +50,9 @@ class Reflow(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """Pseudo-Huber of velocity - (noise - sample), which on the straight path at u is (sample - x0) / u."""
-        assert batch.latents is not None and batch.noise is not None
-        schedule, x0 = nets.student.schedule, batch.latents
-        u = UShaped(self.slope).sample(len(x0), rng)
-        t = schedule.t_of_ratio(u / (1 - u)).clamp(1e-3, 1.0)
-        alpha, sigma = schedule.alpha_sigma(t)
-        start = t >= 1
-        x_t = torch.where(like(start, x0).bool(), schedule.prior(batch.noise), schedule.add_noise(x0, batch.noise, t))
-        prediction = nets.student(x_t, t, batch.cond)
-        slope = like(torch.where(start, 1.0, (alpha + sigma) / sigma), prediction.x0)
-        return Losses({"reflow": huber(slope * prediction.x0, slope * x0, self.huber)}, {}, prediction.x0)
+        assert batch.noise is not None
+        term, sample = straight_line(nets, batch, batch.noise, self.slope, self.huber, rng)
+        return Losses({"reflow": term}, {}, sample)
 
 
 @register("regression")
@@ -92,17 +84,34 @@ class Regression(Objective):
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """d(x0 at a deployed time of the student's walk from the pair's noise, the pair's sample)."""
         assert batch.latents is not None
-        prediction = self.walked(nets, batch, rng)
+        prediction = nets.student(*walked(nets, batch, rng), batch.cond)
         return Losses({"regression": huber(prediction.x0, batch.latents, self.huber)}, {}, prediction.x0)
 
-    def walked(self, nets: Nets, batch: Batch, rng: Stream) -> Prediction:
-        """The student at a deployed time that all samples share, from the pair's noise; a graph for that step alone."""
-        assert batch.noise is not None
-        k, x = rng.shared.integer(len(nets.grid)), nets.student.schedule.prior(batch.noise)
-        with torch.no_grad():
-            for visit in islice(rollout(nets.student, x, nets.grid, batch.cond, step=ddim, rng=rng), k):
-                x = visit.x_s
-        return nets.student(x, full(nets.grid[k], len(x)), batch.cond)
+
+def straight_line(nets: Nets, batch: Batch, noise: Tensor, slope: float, c: float, rng: Stream) -> tuple[Tensor, Tensor]:
+    """(pseudo-Huber (B,) of the velocity against noise - sample anywhere on the line from the batch's samples to `noise`, the
+    student's x0). On the straight path at u the velocity is (x_t - x0) / u."""
+    assert batch.latents is not None
+    schedule, x0 = nets.student.schedule, batch.latents
+    u = UShaped(slope).sample(len(x0), rng)
+    t = schedule.t_of_ratio(u / (1 - u)).clamp(1e-3, 1.0)
+    alpha, sigma = schedule.alpha_sigma(t)
+    start = t >= 1
+    x_t = torch.where(like(start, x0).bool(), schedule.prior(noise), schedule.add_noise(x0, noise, t))
+    prediction = nets.student(x_t, t, batch.cond)
+    steep = like(torch.where(start, 1.0, (alpha + sigma) / sigma), prediction.x0)
+    return huber(steep * prediction.x0, steep * x0, c), prediction.x0
+
+
+def walked(nets: Nets, batch: Batch, rng: Stream) -> tuple[Tensor, Tensor]:
+    """(x, t) at a deployed time that all samples share, where the student's own deterministic steps from the pairs' noise lead;
+    without a graph."""
+    assert batch.noise is not None
+    k, x = rng.shared.integer(len(nets.grid)), nets.student.schedule.prior(batch.noise)
+    with torch.no_grad():
+        for visit in islice(rollout(nets.student, x, nets.grid, batch.cond, step=ddim, rng=rng), k):
+            x = visit.x_s
+    return x, full(nets.grid[k], len(x))
 
 
 def huber(a: Tensor, b: Tensor, c: float) -> Tensor:

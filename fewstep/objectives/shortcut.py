@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.losses import mse
+from fewstep.matched import straight
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.consistency import solver_times
-from fewstep.objectives.meanflow import FLOW, check_jumps
+from fewstep.objectives.meanflow import check_jumps
 from fewstep.objectives.ranges import share
 from fewstep.sampling import ddim
-from fewstep.schedules import NoiseSchedule, like
+from fewstep.schedules import like
 from fewstep.stream import Stream
 
 
@@ -96,9 +97,3 @@ def halves(jumper: Denoiser, cond: Cond, x_t: Tensor, t: Tensor, m: Tensor, r: T
     second = jumper(ddim(jumper.schedule, first, m, rng).to(x_t.dtype), m, cond, r=r)
     t, m, r = (straight(jumper.schedule, u) for u in (t, m, r))
     return torch.lerp(first.velocity, second.velocity, like((m - r) / (t - r), first.x0))
-
-
-def straight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """The time on the straight path x0 + u (eps - x0) at which the noise ratio is that of t."""
-    alpha, sigma = schedule.alpha_sigma(t)
-    return FLOW.t_of_ratio(sigma / alpha)

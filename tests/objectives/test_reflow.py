@@ -1,29 +1,12 @@
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, TEACHERS, Counted, Linear, denoiser, game, gaussian
+from straight import MEAN, STD, N, Straight, pairs, teachers
+from toys import NOTHING, SCHEDULES, Counted, Linear, denoiser, game, gaussian
 
-from fewstep.objectives import Batch
 from fewstep.objectives.reflow import Reflow, Regression, huber
 from fewstep.sampling import ddim, renoise, sample, uniform_grid
 from fewstep.stream import stream
 from fewstep.times import UShaped
-
-MEAN, STD = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.5, 1.4]).double()
-teachers = pytest.mark.parametrize("name, target", TEACHERS)
-N = 256
-
-
-class Straight(torch.nn.Module):
-    """What is left to learn of pairs (e, mean + std e): x0 from any point of their line, and from the pure noise at 1."""
-
-    def forward(self, x, t, alpha, sigma, cond):
-        e = (x - alpha * MEAN) / (alpha * STD + sigma)
-        return MEAN + STD * torch.where(t[:, None] > 1 - 1e-9, x / sigma.clamp(min=1), e)
-
-
-def pairs():
-    noise = torch.randn(N, 2, dtype=torch.float64)
-    return Batch(NOTHING, (N, 2), MEAN + STD * noise, noise)
 
 
 @teachers

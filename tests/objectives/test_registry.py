@@ -22,6 +22,7 @@ AT_REST = {"decoupled", "diff_instruct", "dmd", "sid", "sim", "uni_instruct", "v
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
 ROUNDS = {
+    "annealed_reflow": 250,
     "adversarial_distance": 200,
     "boot": 250,
     "consistency": 600,
@@ -30,6 +31,7 @@ ROUNDS = {
     "dmd": 400,
     "dmd1": 400,
     "f_distill": 330,
+    "flow_guided": 150,
     "meanflow": 300,
     "phased_dmd": 300,
     "rcgm": 250,

@@ -1,0 +1,51 @@
+"""A student of another shape than its teacher: the same class of network, built from the teacher's config with changes."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fewstep.denoiser import Cond, Denoiser
+from fewstep.experts import Relay
+
+
+def body(net: Any, changes: Mapping[str, Any], seed: int) -> Any:
+    """A float32 copy of a network; where `changes` says something, a network of its class whose config has these values in place
+    of its own, with random weights that depend on the seed alone, on its device.
+
+    Raises ValueError for a setting that the network does not have, or values that make none."""
+    if not changes:
+        return copy.deepcopy(net).float()
+    if isinstance(net, Relay):
+        raise ValueError("student.network: this teacher is two networks, of which no other shape can be made; leave it away")
+    known = [key for key in net.config if not key.startswith("_")]
+    for key in changes:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"student.network: {type(net).__name__} has no setting {key!r}{meant}")
+    device = next(net.parameters()).device
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+        torch.manual_seed(seed)
+        try:
+            made = type(net).from_config({**net.config, **changes})
+        except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+            raise ValueError(f"student.network: no {type(net).__name__} can be made with {dict(changes)}: {error}") from error
+    return made.float().to(device).eval()
+
+
+@torch.no_grad()
+def try_out(student: Denoiser, shape: tuple[int, ...], cond: Cond) -> None:
+    """Raises ValueError where a student of another shape does not take latents (C, *S) and a condition (leading axis 1), or does
+    not answer in their shape; so it is known before anything expensive is done."""
+    x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
+    try:
+        found = student(x, t, cond).x0.shape
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"student.network: the student does not take what its teacher takes: {error}") from error
+    if found != x.shape:
+        raise ValueError(f"student.network: the student answers in the shape {list(found[1:])}, not {list(shape)}")
