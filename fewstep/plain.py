@@ -37,7 +37,7 @@ def check_objective(tree: Any, where: str) -> None:
     """Raises ValueError for plain data that name no objective, or options it has not."""
     known = objectives()
     if not isinstance(tree, Mapping) or "name" not in tree:
-        raise ValueError(f"{where} needs a name, one of: {', '.join(known)}")
+        raise ValueError(f"{where} needs a name, as in {where}: {{name: dmd}}; `fewstep list objectives` names them")
     if tree["name"] not in known:
         raise ValueError(
             f"{where}.name: {tree['name']!r} is not known{hint(str(tree['name']), known)}; `fewstep list objectives` names them"

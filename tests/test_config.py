@@ -77,7 +77,7 @@ def test_what_is_left_out_has_a_default():
         ({"objective": {"name": "dmdd"}}, "objective.name: 'dmdd' is not known; did you mean dmd?"),
         (judged(critic_turnz=2), "objective.inner.critic_turnz: unknown option; did you mean critic_turns?"),
         (judged(name="dmdd"), "objective.inner.name: 'dmdd' is not known; did you mean dmd?"),
-        ({"objective": {"name": "adversarial", "inner": "dmd"}}, "objective.inner needs a name, one of: "),
+        ({"objective": {"name": "adversarial", "inner": "dmd"}}, "objective.inner needs a name, as in objective"),
         ({"objective": {"name": "adversarial", "weigth": 1}}, "objective.weigth: unknown option; did you mean weight?"),
         ({"zzz": 1}, "zzz: unknown option; known: teacher, "),
         ({1: 2}, "1: unknown option"),
@@ -90,7 +90,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(wrong, said):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"objective": {"steps": 4}}, "objective needs a name, one of: "),
+        ({"objective": {"steps": 4}}, "objective needs a name, as in objective"),
         ({"objective": "dmd"}, "objective needs a name"),
         ({"train": None}, "train must hold settings, not None"),
         ({"teacher": "zoo:sprites-sd"}, "teacher must hold settings"),
