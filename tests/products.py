@@ -34,10 +34,13 @@ class Optimum(nn.Module):
 
 
 class Told(nn.Module):
-    """The network that jumps from any time to any lower one as the Gaussian teacher's DDIM steps between them do."""
+    """The network that jumps from any time to any lower one as the Gaussian teacher's steps between them do.
 
-    def __init__(self, schedule, target, times, mean=MEAN):
+    factor: (schedule, t, s, variances) -> what a step multiplies the distance to alpha mean by."""
+
+    def __init__(self, schedule, target, times, mean=MEAN, factor=ddim_factor):
         super().__init__()
+        self.factor = factor
         self.schedule, self.target, self.times, self.mean, self.ends = schedule, target, times, mean, []
 
     def forward(self, x, time, cond, end_time):
@@ -45,7 +48,7 @@ class Told(nn.Module):
         i, j = ((u.double()[:, None] - self.times).abs().argmin(1) for u in (t, end_time))
         self.ends.append((i, j))
         steps = [torch.ones(2).double()] + [
-            ddim_factor(self.schedule, self.times[k], self.times[k - 1], VAR) for k in range(1, len(self.times))
+            self.factor(self.schedule, self.times[k], self.times[k - 1], VAR) for k in range(1, len(self.times))
         ]
         factor = torch.stack([torch.stack(steps[b + 1 : a + 1]).prod(0) for a, b in zip(i.tolist(), j.tolist(), strict=True)])
         (a, s), (a_r, s_r) = (self.schedule.alpha_sigma(self.times[k]) for k in (i, j))

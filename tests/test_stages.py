@@ -22,6 +22,8 @@ from fewstep.plain import override
 from fewstep.plan import plan
 from fewstep.verify import verify
 
+TOLD = {"end_input": True, "sampler": "ddim"}
+
 
 def tree(*own, **parts):
     """Plain data of a run of stages."""
@@ -128,7 +130,7 @@ def test_set_reaches_every_stage_or_the_one_that_is_named(tmp_path):
         ([{"student": {"phases": 2}}, {}], {}, "stages.2: student.phases: 1 cannot go on from the 2 of a stage before"),
         ([{}, {"student": {"phases": 2}, "teacher": "previous"}], {}, "stages.2: teacher: only a student of one network"),
         (
-            [{"objective": {"end_input": True}}, {"objective": {"end_input": True}, "teacher": "previous"}],
+            [{"objective": TOLD}, {"objective": TOLD, "teacher": "previous"}],
             {"student": {"weights": "full"}},
             "stages.2: teacher: only a student of one network that takes what this one takes, and no end",
         ),

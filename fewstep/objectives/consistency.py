@@ -12,6 +12,7 @@ from fewstep.denoiser import Prediction
 from fewstep.losses import mse, pseudo_huber
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.ranges import at_least, share
+from fewstep.objectives.solvers import Solver, first_order
 from fewstep.sampling import ddim
 from fewstep.schedules import like
 from fewstep.stream import Stream
@@ -108,15 +109,24 @@ def first_of_segment(solver_steps: int, segments: int) -> Tensor:
 
 
 def pair(
-    nets: Nets, batch: Batch, rng: Stream, t: Tensor, s: Tensor, end: Tensor, *, g: Tensor | None = None, r: Tensor | None = None
+    nets: Nets,
+    batch: Batch,
+    rng: Stream,
+    t: Tensor,
+    s: Tensor,
+    end: Tensor,
+    *,
+    g: Tensor | None = None,
+    r: Tensor | None = None,
+    solver: Solver = first_order,
 ) -> tuple[Tensor, Tensor, Prediction]:
     """(the student's jump t -> end, without a graph the target's jump s -> end from x_s one teacher step below x_t, the student's
-    prediction at x_t). g, r: what the student's network is fed besides; the teacher is guided at g."""
+    prediction at x_t). g, r: what the student's network is fed besides; the teacher is guided at g. solver: how it steps."""
     assert batch.latents is not None
     schedule, x0 = nets.student.schedule, batch.latents
     x_t = schedule.add_noise(x0, rng.normal_like(x0), t)
     with torch.no_grad():
-        x_s = ddim(schedule, nets.teacher(x_t, t, batch.cond, g=g), s, rng)
+        x_s = solver(nets, batch.cond, x_t, t, s, g, rng)
         # Where s is the end the target is x_s itself; the network is asked at t instead, and not listened to.
         arrived = s <= end
         ahead = (nets.average or nets.student)(x_s, torch.where(arrived, t, s), batch.cond, g=g, r=r)

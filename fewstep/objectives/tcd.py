@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.consistency import check_grid, check_scales, distance, first_of_segment, pair, scales, solver_times
+from fewstep.objectives.meanflow import check_jumps
 from fewstep.objectives.ranges import at_least, share
+from fewstep.objectives.solvers import SOLVERS
 from fewstep.stream import Stream
 
 
@@ -21,10 +23,10 @@ class TCD(Objective):
 
     steps, solver_steps, huber, guidance, average: as in `consistency`. segments: 1 is TCD; it must divide `steps`.
     end_input: the network is told the end (TCD's "S+"), without which no student can meet every end at once; sampled by fewstep
-    only, since no stock pipeline tells it. Images (latents) are needed.
-    Deviations: jumps are of first order (the papers' default); the deployed steps are `ddim` (gamma 0) or `renoise` (gamma 1),
-    since the stock TCDScheduler ends at its table's first level and not at clean; TSCD's adversarial part of the distance is the
-    wrapper `adversarial_distance` around this.
+    only, since no stock pipeline tells it. order: of the teacher's solver; 2 asks it twice a step. Images (latents) are needed.
+    Deviations: the student's jumps are of first order (the papers' default); the deployed steps are `ddim` (gamma 0) or `renoise`
+    (gamma 1), since the stock TCDScheduler ends at its table's first level and not at clean; TSCD's adversarial part of the
+    distance is the wrapper `adversarial_distance` around this.
     """
 
     lands: ClassVar[bool] = True
@@ -36,12 +38,15 @@ class TCD(Objective):
     guidance: tuple[float, float] | None = None
     average: float | None = None
     end_input: bool = False
+    order: Literal[1, 2] = 1
 
     def __post_init__(self) -> None:
         check_grid(self.steps, self.segments, self.solver_steps)
         check_scales(self.guidance)
         at_least(0, huber=self.huber)
         share(average=self.average)
+        if self.end_input:
+            check_jumps(self.steps, self.sampler or "renoise")  # which a family may take where none is named
 
     @property
     def needs(self) -> Needs:
@@ -58,7 +63,7 @@ class TCD(Objective):
         i = 1 + rng.integers(self.solver_steps, len(batch.latents))
         edge = first_of_segment(self.solver_steps, self.segments)[i]
         end = times[edge + (rng.uniform(len(i)) * (i - edge)).long()]
-        g = scales(self.guidance, len(i), rng)
-        landed, target, prediction = pair(nets, batch, rng, times[i], times[i - 1], end, g=g, r=end if self.end_input else None)
+        told = {"g": scales(self.guidance, len(i), rng), "r": end if self.end_input else None}
+        landed, target, prediction = pair(nets, batch, rng, times[i], times[i - 1], end, **told, solver=SOLVERS[self.order])
         landing = Landing(prediction.x_t.detach(), times[i], landed, target, end)
         return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0, landing)

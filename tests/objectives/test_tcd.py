@@ -1,14 +1,16 @@
 """Random ends, scales that are fed, averaged targets: what `tcd` and the options of `consistency` mean in closed form."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from products import MEAN, VAR, N, Optimum, Told, batch, exact, teachers
-from toys import NOTHING, SCHEDULES, Exact, Gaussian, call, denoiser, game, gaussian
+from toys import NOTHING, SCHEDULES, Counted, Exact, Gaussian, Mixture, call, ddim_factor, denoiser, game, gaussian, phi
 
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.objectives.consistency import Consistency, first_of_segment, solver_times
+from fewstep.objectives.solvers import first_order, second_order
 from fewstep.objectives.tcd import TCD
 from fewstep.sampling import uniform_grid
 from fewstep.stream import stream
@@ -23,11 +25,68 @@ def loss(objective, student, teacher, *, cond=NOTHING, average=None):
         return objective.student_loss(nets, batch(cond), stream(0, 0, 0, 0)).terms["consistency"]
 
 
+def midpoint_factor(schedule, t, s, var):
+    """What a step of the second-order solver multiplies the distance to alpha mean by: on the straight path, of scale
+    1 / (alpha + sigma), the whole step at the velocity of its middle."""
+    (a, b), (a_s, b_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+    u, u_s = b / (a + b), b_s / (a_s + b_s)
+    m = schedule.t_of_ratio((u + u_s) / (2 - u - u_s))
+    a_m, b_m = schedule.alpha_sigma(m)
+    velocity = (b_m - a_m * var) / (a_m**2 * var + b_m**2)  # of eps - x0, for a distance of one
+    return (a_s + b_s) * (1 / (a + b) - (u - u_s) * velocity * ddim_factor(schedule, t, m, var))
+
+
+@torch.no_grad()
+def walked(nets, solver, x, steps):
+    """Where so many equal steps from 0.8 to 0.5 lead."""
+    for t, s in pairwise(torch.linspace(0.8, 0.5, steps + 1, dtype=torch.float64)):
+        x = solver(nets, NOTHING, x, t.expand(N), s.expand(N), None, stream(0, 0, 0, 0))
+    return x
+
+
 @teachers
+def test_for_a_gaussian_the_second_solver_is_of_third_order(name, target):
+    """The error of its step is h^3 / 48 of the third derivative of the variance c, over c, and c is quadratic in time; steps half
+    as long come eight times nearer the exact flow, where the first solver's come twice."""
+    x, nets = torch.randn(N, 2, dtype=torch.float64), game(exact(name, target), exact(name, target))
+    ends = (torch.full((N,), t, dtype=torch.float64) for t in (0.8, 0.5))
+    goal = phi(x, *ends, SCHEDULES[name], MEAN, VAR)
+    once, twice = ([(walked(nets, f, x, n) - goal).abs().max() for n in (16, 32)] for f in (first_order, second_order))
+    assert once[0] / once[1] == pytest.approx(2, rel=0.1) and twice[0] / twice[1] == pytest.approx(8, rel=0.15)
+    assert twice[0] < once[0] / 20
+
+
+@pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")])
+def test_for_a_mixture_it_is_of_second_order(name, target):
+    law = Mixture(torch.tensor([[1.0, 0.0], [-1.0, 0.5]]).double(), 0.5, torch.tensor([0.3, 0.7]).double())
+    teacher, x = denoiser(law, SCHEDULES[name], target), torch.randn(N, 2, dtype=torch.float64)
+    goal = walked(game(teacher, teacher), second_order, x, 512)
+    far, near = ((walked(game(teacher, teacher), second_order, x, n) - goal).square().mean().sqrt() for n in (16, 32))
+    assert far / near == pytest.approx(4, rel=0.15)
+
+
+def test_the_second_order_asks_the_teacher_twice_guided_alike():
+    heard = Counted()
+    teacher, student = replace(exact("sd", "epsilon"), call=heard), exact("sd", "epsilon")
+    for order, asked in ((1, 1), (2, 2)):
+        heard.times.clear()
+        loss(TCD(steps=4, solver_steps=20, order=order), student, teacher)
+        assert len(heard.times) == asked and all((a > b).all() for a, b in pairwise(heard.times))
+
+
+def test_a_student_that_is_told_its_end_is_deployed_by_going_there():
+    for options in ({"sampler": "renoise"}, {"sampler": None}):
+        with pytest.raises(ValueError, match="goes there itself; set objective.sampler: ddim"):
+            TCD(end_input=True, **options)
+    assert TCD(end_input=True, sampler="ddim").needs.inputs == ("end_time",) and TCD(end_input=True, steps=1)
+
+
+@teachers
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("segments", [1, 4])
-def test_a_student_that_is_told_its_end_meets_all_ends_at_once(name, target, segments):
-    objective, schedule = TCD(segments=segments, solver_steps=20, end_input=True), SCHEDULES[name]
-    net = Told(schedule, target, solver_times(GRID, 20))
+def test_a_student_that_is_told_its_end_meets_all_ends_at_once(name, target, segments, order):
+    objective, schedule = TCD(segments=segments, solver_steps=20, end_input=True, sampler="ddim", order=order), SCHEDULES[name]
+    net = Told(schedule, target, solver_times(GRID, 20), factor=(ddim_factor, midpoint_factor)[order - 1])
     assert loss(objective, Denoiser(net, schedule, target, call), exact(name, target)).max() < 1e-6
     i, j = (torch.cat(x) for x in zip(*net.ends, strict=True))
     assert (j < i).all()  # no jump is empty, on an edge neither
