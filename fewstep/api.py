@@ -20,7 +20,7 @@ from fewstep.data import Pairs, default_cache, open_source
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.experts import PhasedExperts, along
 from fewstep.heads import Discriminator
-from fewstep.networks import Role, attend, build, expert_names, gather, heads_role, set_weights
+from fewstep.networks import Role, attend, build, gather, heads_role, set_weights
 from fewstep.objectives import Nets
 from fewstep.pixels import looking, pixels_role
 from fewstep.plain import stepped
@@ -123,7 +123,10 @@ class Study:
 
 def open_study(config: Config) -> Study:
     """Loads the teacher and makes the roles. Raises ValueError for what cannot work, before any training."""
-    return study_of(config, load_teacher(config.teacher.path, size=config.teacher.size, guidance=config.teacher.guidance))
+    study = study_of(config, load_teacher(config.teacher.path, size=config.teacher.size, guidance=config.teacher.guidance))
+    if config.student.network:
+        try_out(study.student(study.roles["student"]), study.teacher.latent_shape, study.null)
+    return study
 
 
 def study_of(config: Config, teacher: Teacher) -> Study:
@@ -139,17 +142,13 @@ def study_of(config: Config, teacher: Teacher) -> Study:
         storage=KEEPINGS.get(config.teacher.storage),
         seed=config.train.seed,
     )
-    backend = ATTENTION[config.train.attention]
-    if backend != "native":
+    if (backend := ATTENTION[config.train.attention]) != "native":
         attend(built.values(), backend)
     roles = gather(built, config.phases, family.call)
     if "heads" in objective.needs.roles:
         roles |= pixels_role(objective.needs.heads, partial(family.decode, teacher.pipe), getattr(teacher.pipe, "vae", None))
         roles["heads"] = heads_role(roles, objective.needs.heads, config.train.seed)
-    study = Study(config, teacher, roles, sampler, grid)
-    if config.student.network:
-        try_out(study.player(built[expert_names(config.phases)[0]]), teacher.latent_shape, study.null)
-    return study
+    return Study(config, teacher, roles, sampler, grid)
 
 
 def _deployed(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]:
