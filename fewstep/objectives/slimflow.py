@@ -12,9 +12,11 @@ from torch import Tensor
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.matched import straight
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.ranges import at_least
 from fewstep.objectives.reflow import huber, straight_line, walked
 from fewstep.sampling import ddim
 from fewstep.stream import Stream
+from fewstep.times import UShaped
 
 
 @register("annealed_reflow")
@@ -35,6 +37,8 @@ class AnnealedReflow(Objective):
     huber: float = 0.03
 
     def __post_init__(self) -> None:
+        UShaped(self.slope)
+        at_least(0, huber=self.huber)
         if self.anneal < 1:
             raise ValueError(f"anneal counts rounds, at least 1, not {self.anneal}; without them the objective is reflow")
 
@@ -74,6 +78,7 @@ class FlowGuided(Objective):
     huber: float = 0.03
 
     def __post_init__(self) -> None:
+        at_least(0, huber=self.huber)
         if self.guide <= 0:
             raise ValueError(f"guide is a positive weight, not {self.guide}; without it the objective is regression")
 
