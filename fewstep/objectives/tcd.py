@@ -45,6 +45,8 @@ class TCD(Objective):
         check_scales(self.guidance)
         at_least(0, huber=self.huber)
         share(average=self.average)
+        if self.order not in SOLVERS:
+            raise ValueError(f"order of the teacher's solver is 1 or 2, not {self.order}")
         if self.end_input:
             check_jumps(self.steps, self.sampler or "renoise")  # which a family may take where none is named
 
