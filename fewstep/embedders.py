@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.experts import Relay
+
 GUIDANCE, END = "guidance_scale", "end_time"  # the keyword arguments that such a network takes, each (B,)
 WIDTH = 256
 # Where Diffusers' networks embed their time; the first that a network has.
@@ -50,8 +52,13 @@ def gain(net: Any, wanted: Iterable[str] = ()) -> None:
     """Gives a network, in place, the wanted inputs that it lacks; one that has stock guidance weights takes GUIDANCE as it is.
 
     The last layer of an embedder alone is zero: the network starts as it was, and every embedder weight can learn (with all of
-    them zero only the last bias ever would). Raises ValueError for a network whose time embedding is not found."""
+    them zero only the last bias ever would). Raises ValueError for a network without a known time embedding, and for a relay."""
     had = inputs(net)
+    if isinstance(net, Relay) and {*wanted} - {*had}:
+        raise ValueError(
+            f"objective: set like this it tells the student the {' and the '.join(wanted)}, which a student of two networks (as "
+            "this teacher is) cannot be told; use one that tells it the time alone, such as dmd, sid or consistency"
+        )
     if stock_guidance(net) and net.config["time_cond_proj_dim"] is not None:
         had += () if GUIDANCE in had else (GUIDANCE,)
     new = tuple(name for name in dict.fromkeys(wanted) if name not in had)

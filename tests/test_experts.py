@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from toys import NOTHING, SCHEDULES, Exact, Gaussian, call, times
 
 from fewstep.denoiser import Cond, Denoiser
+from fewstep.embedders import END, gain
 from fewstep.experts import PhasedExperts, Relay, hand_over, switches
 from fewstep.families import FAMILIES
 from fewstep.heads import Heads
@@ -114,6 +115,12 @@ def test_a_tap_on_two_networks_sees_every_row_in_its_place(relay, t, stop):
             denoiser.call(net, x[i : i + 1], denoiser.schedule.model_time(t[i : i + 1]).float(), cond[i : i + 1])
         assert_close(whole[i], alone["blocks.0"][0].T.unflatten(1, (4, 2)))
     assert not any(block._forward_hooks for net in relay.children() for block in net.blocks)
+
+
+def test_inputs_that_two_networks_cannot_take_are_refused_in_a_sentence(relay):
+    gain(relay, ())
+    with pytest.raises(ValueError, match="the student the end_time, which a student of two networks .* cannot be told; use"):
+        gain(relay, (END,))
 
 
 @pytest.mark.parametrize("wanted", [Lora(2), Full()])

@@ -24,7 +24,6 @@ MAY_IMPORT = {
     "losses": set(),
     "divergences": set(),
     "stream": set(),
-    "embedders": set(),
     "progress": set(),
     #
     "denoiser": MATH,
@@ -36,6 +35,7 @@ MAY_IMPORT = {
     "taps": DENOISER,
     "heads": DENOISER | {"taps"},
     "experts": DENOISER,
+    "embedders": DENOISER | {"experts"},
     #
     "objectives": DENOISER | PARTS,
     #
