@@ -135,9 +135,8 @@ def written(text: str, table: Table) -> str:
 
 
 def cells(families: Sequence[str]) -> list[Cell]:
-    """The matrix, diagonal after diagonal: each gives a family one column, so that a part of them is a fair sample."""
-    every, n = list(MAKERS), len(COLUMNS)
-    return [(f, *COLUMNS[(every.index(f) + shift) % n]) for shift in range(n) for f in families]
+    """The matrix of some families."""
+    return [(family, *column) for column in COLUMNS for family in families]
 
 
 def main() -> None:
