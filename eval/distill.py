@@ -24,14 +24,16 @@ from fewstep.judging import evaluate, table
 from fewstep.stages import traces
 
 
-def distil(config: Path, seed: int, protocol: str, rounds: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One seed of a config: (results, what the run logged)."""
+def distil(
+    config: Path, seed: int, protocol: str, rounds: int | None, teacher: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One seed of a config: (results, with the teacher's rows where they are wanted; what the run logged)."""
     folder = Path("runs") / f"{config.stem}-seed{seed}"
     extra = [f"train.rounds={rounds}"] if rounds else []
     settings = load(config, [f"train.seed={seed}", *extra])
     run = api.train(settings, folder, resume=(folder / "config.yaml").exists())
     log = list(chain(folder))
-    found, _ = evaluate(run.folder, protocol, out=folder / "results.json", steps=[], fresh=False, teacher=True)
+    found, _ = evaluate(run.folder, protocol, out=folder / "results.json", steps=[], fresh=False, teacher=teacher)
     return found, log
 
 
@@ -92,8 +94,8 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         logs: list[list[dict[str, Any]]] = []
         for seed in args.seeds:
-            found, log = distil(config, seed, args.protocol, args.rounds)
-            rows += [r for r in found["rows"] if r["model"] == "teacher" and not logs]
+            found, log = distil(config, seed, args.protocol, args.rounds, teacher=not logs)
+            rows += [r for r in found["rows"] if r["model"] == "teacher"]
             rows += [{**r, "seed": seed} for r in found["rows"] if r["model"] == "student"]
             logs.append(log)
         merged = {**found, "rows": rows, "environment": found["environment"]}
