@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/fewstep demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(if $(CI),-v --durations=10)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if $(CI),-v --durations=10)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
