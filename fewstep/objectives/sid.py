@@ -52,8 +52,8 @@ class SiD(TwoTimeScale):
         and the other critic's f_fake - x. At the critic's optimum it averages (1 - alpha) E[delta^2]: 0 for alpha = 1."""
         x, x_t, t = self.noised(nets, batch, rng)
         teacher = nets.teacher
-        if self.kappa4 is not None and isinstance(teacher, Guided):
-            teacher = replace(teacher, scale=self.kappa4)
+        if self.kappa4 is not None:
+            teacher = replace(_from_outside(teacher), scale=self.kappa4)
         real = teacher(x_t, t, batch.cond).x0
         short, long = self._fakes(nets, x_t, t, batch.cond)
         delta = real - short
@@ -88,5 +88,12 @@ def _guided(nets: Nets, kappa: float) -> Denoiser | Guided:
 
 def _as_teacher(nets: Nets, kappa: float) -> Guided:
     """The critic under guidance, with the null condition and the renorm of the teacher's."""
-    assert nets.critic is not None and isinstance(nets.teacher, Guided), "only a teacher that can be guided tells how"
-    return replace(nets.teacher, denoiser=nets.critic, scale=kappa)
+    assert nets.critic is not None
+    return replace(_from_outside(nets.teacher), denoiser=nets.critic, scale=kappa)
+
+
+def _from_outside(teacher: Denoiser | Guided) -> Guided:
+    """The teacher, if it is guided by mixing two predictions and not by an input. Raises ValueError."""
+    if not isinstance(teacher, Guided):
+        raise ValueError("objective: kappas mix two predictions, but this teacher is fed the scale; leave them at 1")
+    return teacher

@@ -284,6 +284,15 @@ def test_each_kappa_guides_what_it_is_said_to(kappas, scale, alpha):
     assert to_teacher.with_graph == to_critic.with_graph == [True]
 
 
+def test_kappas_with_a_teacher_that_is_fed_its_scale_are_refused():
+    nets = guided_game()[0]
+    nets = replace(nets, teacher=nets.teacher.denoiser)
+    for kappas in [(1, 1.5, 1.5, None), (1, 1, 1, 1.5)]:
+        rng = Quadrature(2)
+        with pytest.raises(ValueError, match="this teacher is fed the scale; leave them at 1"):
+            lsg(kappas).student_loss(nets, Batch(PROMPT.expand(len(rng)), (len(rng), 1)), rng)
+
+
 @guidance
 def test_the_critic_is_trained_as_guided_by_kappa_one(kappas, scale):
     nets, to_teacher, _ = guided_game()
