@@ -66,7 +66,7 @@ def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
     study = open_study(config)
     source = open_source(study.teacher, prompts="zoo:sprites", images=None, images_needed=False, cache=None, progress=False)
     accelerator = trainer.make_accelerator(config.train)
-    players = {n: trainer.Player(study.roles[n], config.train, accelerator) for n in ("student", "critic")}
+    players = {n: trainer.Player(study.roles[n], config.train, accelerator, restarts=False) for n in ("student", "critic")}
     nets = study.nets({**study.roles, **{n: p.module for n, p in players.items()}})
 
     def turn(number: int, i: int, kind: Any, update: bool = True) -> None:

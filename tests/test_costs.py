@@ -1,6 +1,8 @@
 """What a turn costs, counted on real networks: passes of each, and the bytes that autograd keeps until backward."""
 
+import importlib.util
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +146,20 @@ def test_passes_are_counted_by_rows_and_by_graph_while_it_is_entered():
 
 def test_memory_is_that_of_this_process():
     assert 0.05 < peak_gb() < 1000
+
+
+def test_the_benchmark_of_training_runs_and_finds_no_wait_for_the_device(tmp_path, monkeypatch):
+    place = Path(__file__).parents[1] / "eval" / "bench_training.py"
+    spec = importlib.util.spec_from_file_location("bench_training", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "BATCH", 2)
+    found = module.bench(str(save(tiny_sd_pipeline(), tmp_path / "sd")), "lora", 1)
+    assert found["passes"].pop("student, batch 2, no gradient") >= 5  # and the steps before the one that is taught
+    assert found["passes"] == {
+        "critic, batch 2, with gradient": 5,
+        "student, batch 2, with gradient": 1,
+        "critic, batch 2, no gradient": 1,
+        "teacher, batch 4, no gradient": 1,
+    }
+    assert found["host_waits_a_round"] == 0 and found["ratio"] > 0
