@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fewstep import api
-from fewstep.config import load
+from fewstep.config import TeacherConfig, load
 from fewstep.evaluation import results
 from fewstep.judging import evaluate, table
 from fewstep.stages import traces
@@ -81,6 +81,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return out
 
 
+def named(teacher: TeacherConfig) -> str:
+    """A teacher with the scale of guidance that it teaches at, which is another teacher at another."""
+    return teacher.path if teacher.guidance is None else f"{teacher.path} w={teacher.guidance:g}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", nargs="+", type=Path)
@@ -101,7 +106,7 @@ def main() -> None:
         merged = {**found, "rows": rows, "environment": found["environment"]}
         place = args.out / f"{config.stem}.json"
         results.write(place, merged)
-        record = {"config": str(config), "teacher": load(config).teacher.path, **costs(logs), "students": summary(rows)}
+        record = {"config": str(config), "teacher": named(load(config).teacher), **costs(logs), "students": summary(rows)}
         place.with_suffix(".summary.json").write_text(json.dumps(record, indent=2) + "\n")
         print(table(merged), json.dumps(record, indent=2), sep="\n", flush=True)
 
