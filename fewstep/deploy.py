@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fewstep.experts import Relay
+from fewstep.experts import Relay, by_component
 from fewstep.families import Family, Setting, net_config
 from fewstep.schedules import NoiseSchedule
 
@@ -72,8 +72,7 @@ def seen_times(pipeline: Any, family: Family, net: Any, vae: Any, scheduler: Any
     parts: dict[str, Any] = {name: None for name, p in takes.items() if name != "self" and p.default is inspect.Parameter.empty}
     parts |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
     times: list[float] = []
-    nets = {k: getattr(net, k) for k in net.names} if isinstance(net, Relay) else {family.component: net}
-    parts |= {**{k: _Recorder(one, times) for k, one in nets.items()}, "scheduler": scheduler}
+    parts |= {k: _Recorder(one, times) for k, one in by_component(net, family.component).items()} | {"scheduler": scheduler}
     parts |= {"boundary_ratio": net.boundary} if isinstance(net, Relay) else {}
     if vae is not None:
         parts["vae"] = _Coder(vae)

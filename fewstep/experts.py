@@ -113,6 +113,11 @@ class Relay(nn.Module):
             getattr(self, name).set_attention_backend(backend)
 
 
+def by_component(net: Any, component: str) -> dict[str, Any]:
+    """The parts of a pipeline that a network is, by their names there; component: its name where it is one network."""
+    return {name: getattr(net, name) for name in net.names} if isinstance(net, Relay) else {component: net}
+
+
 class Junction:
     """A block that every network of a relay has: a hook sees its output of all rows of a pass, when the last ones are there."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fewstep import __version__, card, embedders, lorafiles, loraformat, mixture, proof
 from fewstep.adapters import Teacher, load_teacher, teacher_folder
 from fewstep.denoiser import Denoiser
-from fewstep.experts import PhasedExperts, Relay, along, apart
+from fewstep.experts import PhasedExperts, along, apart, by_component
 from fewstep.networks import Full, Lora, Role, build, set_weights
 from fewstep.sampling import STEPS, sample
 from fewstep.slim import body
@@ -148,8 +148,7 @@ def _network(teacher: Teacher, student: Role, folded: dict[str, Tensor], guidanc
 
 def _deployed(teacher: Teacher, net: Any, scheduler: Any) -> Any:
     """The teacher's pipeline around the student's network and the student's scheduler."""
-    nets = {k: getattr(net, k) for k in net.names} if isinstance(net, Relay) else {teacher.family.component: net}
-    parts = {**nets, "scheduler": scheduler}
+    parts = {**by_component(net, teacher.family.component), "scheduler": scheduler}
     if teacher.family.deployed:
         return getattr(diffusers, teacher.family.deployed)(**parts)
     pipe = copy.copy(teacher.pipe)

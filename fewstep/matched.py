@@ -63,5 +63,10 @@ def straight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return sigma / (alpha + sigma)
 
 
+def off_straight(schedule: NoiseSchedule, u: Tensor) -> Tensor:
+    """The inverse of `straight`: the schedule's t (B,) at which the noise ratio is that of u on the straight path."""
+    return schedule.t_of_ratio(u / (1 - u))
+
+
 def _norm(alpha: Tensor, sigma: Tensor) -> Tensor:
     return (alpha**2 + sigma**2).sqrt()

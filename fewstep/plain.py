@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from fewstep.hints import hint
 from fewstep.objectives import Objective, objectives
 
 
@@ -126,8 +126,3 @@ def check_keys(tree: Any, known: Any, where: str) -> None:
             raise ValueError(
                 f"{where + '.' if where else ''}{key}: unknown option{hint(str(key), known)}; known: {', '.join(known)}"
             )
-
-
-def hint(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""

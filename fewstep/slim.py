@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.experts import Relay
+from fewstep.hints import hint
 
 
 def body(net: Any, changes: Mapping[str, Any], seed: int) -> Any:
@@ -25,9 +25,7 @@ def body(net: Any, changes: Mapping[str, Any], seed: int) -> Any:
     known = [key for key in net.config if not key.startswith("_")]
     for key in changes:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"student.network: {type(net).__name__} has no setting {key!r}{meant}")
+            raise ValueError(f"student.network: {type(net).__name__} has no setting {key!r}{hint(key, known)}")
     device = next(net.parameters()).device
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
         torch.manual_seed(seed)

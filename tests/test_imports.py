@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "divergences": set(),
     "stream": set(),
     "progress": set(),
+    "hints": set(),
     #
     "denoiser": MATH,
     #
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     "adapters": DENOISER | PARTS | {"families", "folders", "shapes", "deploy", "zoo", "embedders"},
     "weightless": {"families", "folders", "adapters"},
     "storage": set(),
-    "slim": DENOISER | {"experts"},
+    "slim": DENOISER | {"experts", "hints"},
     "networks": DENOISER | PARTS | TEACHER | {"embedders", "slim", "storage"},
     "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},
     "keymaps": set(),
@@ -76,7 +77,7 @@ MAY_IMPORT = {
     "zoo.build": DENOISER | PARTS | SIDE_DOORS | {"zoo", "zoo.teachers", "evaluation"},
     "pixels": {"denoiser", "evaluation", "heads", "networks"},
     # where all is joined
-    "plain": {"objectives"},
+    "plain": {"objectives", "hints"},
     "config": DENOISER | PARTS | {"objectives", "networks", "trainer", "plain", "embedders", "shapes"},
     "stages": {"checkpoint", "config", "experts", "loraformat", "networks", "trainer"},
     "api": DENOISER

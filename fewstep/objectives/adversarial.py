@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.heads import KINDS, Heads
 from fewstep.losses import CONTESTS, flat_mean
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, denoise, register
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, Wrapper, denoise, register
 from fewstep.objectives.contest import View, contest, drawn, looked, noised, overheard
 from fewstep.objectives.dmd import DMD
 from fewstep.objectives.ranges import at_least
@@ -22,7 +22,7 @@ from fewstep.times import Uniform
 @register("adversarial")
 @final
 @dataclass(frozen=True, kw_only=True)
-class Adversarial(Objective):
+class Adversarial(Wrapper):
     """Adds to an objective a loss on the student's sample that heads, which learn to tell it from real data, give it.
 
     inner: the objective; `steps` and `sampler` are its. heads: dmd2 (the critic's bottleneck, which learns along; arXiv
@@ -63,14 +63,6 @@ class Adversarial(Objective):
         if ("heads" in own.roles and told not in (Heads(), own.heads)) or (trained and (self.r1 or self.r2)):
             ours = "heads, taps, features" + (", r1, r2" if trained else "")
             raise ValueError(f"inner: it says itself which heads it needs; leave these settings of adversarial away: {ours}")
-
-    @property
-    def steps(self) -> int:  # type: ignore[override]
-        return self.inner.steps
-
-    @property
-    def sampler(self) -> str | None:  # type: ignore[override]
-        return self.inner.sampler
 
     @property
     def needs(self) -> Needs:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.heads import Heads
 from fewstep.losses import CONTESTS, flat_mean, health
-from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, Wrapper, register
 from fewstep.objectives.progressive import Progressive
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -20,7 +20,7 @@ from fewstep.times import Uniform
 @register("adversarial_distance")
 @final
 @dataclass(frozen=True, kw_only=True)
-class AdversarialDistance(Objective):
+class AdversarialDistance(Wrapper):
     """Puts a contest beside, or in the place of, the distance between the student's landing x_s and the target's.
 
     SDXL-Lightning (arXiv 2402.13929) around `progressive`: with `conditional` heads, D(x_t, x_s, t, s, c), which see
@@ -51,14 +51,6 @@ class AdversarialDistance(Objective):
             raise ValueError(f"inner: {type(self.inner).__name__} has no landing to judge; wrap progressive, consistency or tcd")
         if self.judge_turns < 1 or self.weight <= 0 or self.distance < 0:
             raise ValueError("judge_turns must be at least 1, weight positive, and distance not negative")
-
-    @property
-    def steps(self) -> int:  # type: ignore[override]
-        return self.inner.steps
-
-    @property
-    def sampler(self) -> str | None:  # type: ignore[override]
-        return self.inner.sampler
 
     @property
     def needs(self) -> Needs:

@@ -145,6 +145,20 @@ class Objective(ABC):
         """The turns of round `step`, in order."""
 
 
+class Wrapper(Objective):
+    """An objective around another one, the field `inner`, whose student it trains to be deployed as the inner one says."""
+
+    inner: Objective
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        return self.inner.steps
+
+    @property
+    def sampler(self) -> str | None:  # type: ignore[override]
+        return self.inner.sampler
+
+
 REGISTRY: dict[str, type[Objective]] = {}
 
 

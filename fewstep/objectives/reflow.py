@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.losses import mse
+from fewstep.matched import off_straight
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register
 from fewstep.objectives.ranges import at_least
 from fewstep.sampling import ddim, rollout
@@ -94,7 +95,7 @@ def straight_line(nets: Nets, batch: Batch, noise: Tensor, slope: float, c: floa
     assert batch.latents is not None
     schedule, x0 = nets.student.schedule, batch.latents
     u = UShaped(slope).sample(len(x0), rng)
-    t = schedule.t_of_ratio(u / (1 - u)).clamp(1e-3, 1.0)
+    t = off_straight(schedule, u).clamp(1e-3, 1.0)
     alpha, sigma = schedule.alpha_sigma(t)
     start = t >= 1
     x_t = torch.where(like(start, x0).bool(), schedule.prior(noise), schedule.add_noise(x0, noise, t))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser, Guided
-from fewstep.matched import straight
+from fewstep.matched import off_straight, straight
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.ranges import at_least
 from fewstep.objectives.reflow import huber, straight_line, walked
@@ -103,5 +103,5 @@ class FlowGuided(Objective):
 def two_steps(teacher: Denoiser | Guided, x: Tensor, t: Tensor, cond: Cond, share: Tensor, rng: Stream) -> Tensor:
     """Where a step from x (B, C, *S) at t to a `share` (B,) of its time on the straight path, and one from there, land."""
     u = share * straight(teacher.schedule, t)
-    m = teacher.schedule.t_of_ratio(u / (1 - u))
+    m = off_straight(teacher.schedule, u)
     return teacher(ddim(teacher.schedule, teacher(x, t, cond), m, rng).to(x.dtype), m, cond).x0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fewstep.denoiser import Cond, Prediction
-from fewstep.matched import straight
+from fewstep.matched import off_straight, straight
 from fewstep.objectives.base import Nets
 from fewstep.sampling import ddim
 from fewstep.schedules import like
@@ -29,7 +29,7 @@ def second_order(nets: Nets, cond: Cond, x_t: Tensor, t: Tensor, s: Tensor, g: T
     the clean end; both are of second order."""
     schedule = nets.teacher.schedule
     u = (straight(schedule, t) + straight(schedule, s)) / 2
-    m = schedule.t_of_ratio(u / (1 - u))
+    m = off_straight(schedule, u)
     half = first_order(nets, cond, x_t, t, m, g, rng).to(x_t.dtype)
     velocity = nets.teacher(half, m, cond, g=g).velocity
     alpha, sigma = (like(c, velocity) for c in schedule.alpha_sigma(t))
