@@ -7,6 +7,8 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,8 +134,16 @@ class Ledger(TorchDispatchMode):
             self.peak, self.gradients = self.held, self._gradients
 
 
+def forget_peak() -> None:
+    """Lets `peak_gb` count from now on. A process's own peak can be forgotten on Linux alone."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak becomes what is resident now
+
+
 def peak_gb() -> float:
-    """Most memory held so far, in 1e9 bytes: of the CUDA device where there is one, else of this process."""
+    """Most memory held since `forget_peak`, in 1e9 bytes: of the CUDA device where there is one, else of this process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -37,10 +37,17 @@ class _Coder(_Stand):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        return copy.deepcopy(value).to_empty(device="cpu") if isinstance(value, nn.Module) else value
+        return _filled(value) if isinstance(value, nn.Module) else value
 
     def decode(self, z: Tensor, **about: Any) -> DecoderOutput:
         return DecoderOutput(sample=z)
+
+
+def _filled(module: nn.Module) -> nn.Module:
+    """A copy on the CPU with ones for weights, which are not looked at: fake ones do not survive being copied."""
+    tensors = (*module.parameters(), *module.buffers())
+    ones = {id(x): nn.Parameter(torch.ones(x.shape, dtype=x.dtype), requires_grad=False) for x in tensors}
+    return copy.deepcopy(module, ones)
 
 
 class _Recorder(_Stand):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.advice import Advice, Adviser
-from fewstep.costs import Passes, peak_gb
+from fewstep.costs import Passes, forget_peak, peak_gb
 from fewstep.objectives.base import Losses
 from fewstep.progress import say
 
@@ -141,6 +141,7 @@ class Monitor:
         self.passes = Passes({name: net for name, net in networks.items() if name != "heads"})  # heads are fed features
         spent = {clock: max((r.get(clock) or 0.0 for r in before), default=0.0) for clock in CLOCKS}
         self.began = {clock: now() - spent[clock] for clock, now in CLOCKS.items()}
+        forget_peak()
 
     def turn(self, player: str, losses: Losses, norms: Mapping[str, Tensor]) -> None:
         """Takes in a turn of a player: what it lost, and the gradient norm of everyone who moved."""

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
+from fewstep.api import study_of
 from fewstep.config import Config
-from fewstep.deploy import falling, seen_times
-from fewstep.experts import Relay
-from fewstep.families import Family, family_of, make_scheduler, setting_of
-from fewstep.folders import pipeline_name, teacher_folder
-from fewstep.networks import build, gather, heads_role
-from fewstep.pixels import pixels_role
-from fewstep.shapes import sizes_of
+from fewstep.weightless import bare, weightless, weightless_teacher
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -25,40 +17,25 @@ def plan(config: Config) -> dict[str, Any]:
     Of a run of stages: what its last one is, the disk of all, and each of them under `stages`."""
     if config.stages:
         return _of_stages(config)
-    folder = teacher_folder(config.teacher.path)
-    if folder is None:
-        raise ValueError(
-            f"{config.teacher.path} is a hub id; plan reads folders only, so that it needs no network: save the pipeline first"
-        )
-    name = pipeline_name(folder)
-    family = family_of(name)
-    net, scheduler, vae = _skeleton(folder, family)
     wish = config.teacher
-    setting = setting_of(family, dict(net.config), dict(vae.config) if vae else {}, wish.size, wish.guidance)
-    schedule = family.schedule(scheduler)
-    sampler = config.objective.sampler or next(iter(family.samplers))
-    kind = getattr(diffusers, family.deployed or name)
+    teacher = weightless_teacher(wish.path, weightless(), size=wish.size, guidance=wish.guidance)
+    base = sum(p.numel() for p in teacher.net.parameters())
+    bare(teacher.net)
+    study = study_of(config, teacher)
+    family, sampler = teacher.family, study.sampler
     grids = {}
-    for n in sorted({1, 2, 4, config.objective.steps}):
-        seen = seen_times(kind, family, net, vae, make_scheduler(family, scheduler.config, sampler), n, setting)
-        falling(schedule, seen, n)
-        grids[str(n)] = [round(x, 3) for x in seen]
-    sizes = sizes_of(family, dict(net.config), dict(vae.config) if vae else {}, setting.size, config.data.aspect)
-    base = sum(p.numel() for p in net.parameters())
-    roles = gather(build(net, config.kinds(), lora_targets=family.lora_targets), config.phases, family.call)
-    if "heads" in config.objective.needs.roles:
-        roles |= pixels_role(config.objective.needs.heads, lambda x: x, None)  # the one network that is loaded, as small as it is
-        with torch.device("meta"):
-            roles["heads"] = heads_role(roles, config.objective.needs.heads, config.train.seed)
+    for n in study.steps():
+        times = teacher.schedule.model_time(torch.tensor(teacher.grid(n, sampler), dtype=torch.float64))
+        grids[str(n)] = [round(x, 3) for x in times.tolist()]
     frozen = ("teacher", "average", "tutor", "pixels")
-    trained = {k: sum(p.numel() for p in role.parameters()) for k, role in roles.items() if k not in frozen}
-    averages = 4 * trained["student"] * (1 + ("average" in roles))
+    trained = {k: sum(p.numel() for p in role.parameters()) for k, role in study.roles.items() if k not in frozen}
+    averages = 4 * trained["student"] * (1 + ("average" in study.roles))
     disk = sum(12 * n for n in trained.values()) + averages
     return {
-        "teacher": f"{config.teacher.path} ({name}, {base / 1e6:.2f} M parameters)",
+        "teacher": f"{wish.path} ({type(teacher.pipe).__name__}, {base / 1e6:.2f} M parameters)",
         "sampler": f"{sampler} ({family.samplers[sampler][0]})",
         "grid (network times)": grids,
-        "sizes": [list(size) for size in sizes],
+        "sizes": [list(size) for size in teacher.sizes(config.data.aspect)],
         "trained parameters": trained,
         "disk, a checkpoint (MiB)": round(disk / 2**20, 1),
         "settings": config.model_dump(mode="json"),
@@ -74,32 +51,3 @@ def _of_stages(config: Config) -> dict[str, Any]:
         "stages": {f"stage-{i}": {key: found[key] for key in own} for i, found in enumerate(each, 1)},
         "settings": config.model_dump(mode="json"),
     }
-
-
-def _skeleton(folder: Path, family: Family) -> tuple[Any, Any, Any]:
-    """The network without memory for its weights, the scheduler, and the autoencoder (None without one)."""
-    kind, rules = _config_of(folder, family.component), _config_of(folder, "scheduler")
-    for part, found in ((family.component, kind), ("scheduler", rules)):
-        if "_class_name" not in found:
-            raise ValueError(f"{_file_of(folder, part)} is missing or damaged; save the pipeline again with pipe.save_pretrained")
-    with torch.device("meta"):
-        net = getattr(diffusers, kind["_class_name"]).from_config(kind)
-        second = _config_of(folder, family.second or "")
-        if family.second and "_class_name" in second:
-            other = getattr(diffusers, second["_class_name"]).from_config(second)
-            boundary = json.loads((folder / "model_index.json").read_text())["boundary_ratio"]
-            net = Relay({family.component: net, family.second: other}, boundary)
-        coder = _config_of(folder, "vae")
-        vae = getattr(diffusers, coder["_class_name"]).from_config(coder) if "_class_name" in coder else None
-    return net, getattr(diffusers, rules["_class_name"]).from_config(rules), vae
-
-
-def _file_of(folder: Path, part: str) -> Path:
-    return folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-
-
-def _config_of(folder: Path, part: str) -> dict[str, Any]:
-    try:
-        return json.loads(_file_of(folder, part).read_text())
-    except (OSError, ValueError):
-        return {}

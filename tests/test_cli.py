@@ -314,7 +314,7 @@ def test_moments_of_another_extractor(refused, tmp_path, monkeypatch):
 
 
 def test_a_protocol_that_is_not_known(refused, trained):
-    refused("unknown protocol 'sprite'; did you mean 'sprites", "eval", trained[1], "--protocol", "sprite")
+    refused("unknown protocol 'sprite'; did you mean sprites", "eval", trained[1], "--protocol", "sprite")
 
 
 # Arguments

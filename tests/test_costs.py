@@ -1,6 +1,7 @@
 """What a turn costs, counted on real networks: passes of each, and the bytes that autograd keeps until backward."""
 
 import importlib.util
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from fewstep.api import open_study
 from fewstep.config import parse
-from fewstep.costs import Passes, peak_gb, saved_bytes
+from fewstep.costs import Passes, forget_peak, peak_gb, saved_bytes
 from fewstep.objectives import Batch
 from fewstep.stream import stream
 
@@ -146,6 +147,17 @@ def test_passes_are_counted_by_rows_and_by_graph_while_it_is_entered():
 
 def test_memory_is_that_of_this_process():
     assert 0.05 < peak_gb() < 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
+def test_a_peak_is_forgotten_when_a_run_begins():
+    forget_peak()
+    before = peak_gb()
+    held = torch.ones(100_000_000)
+    del held
+    assert peak_gb() > before + 0.35
+    forget_peak()
+    assert peak_gb() < before + 0.2
 
 
 def test_the_benchmark_of_training_runs_and_finds_no_wait_for_the_device(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "export": DENOISER | PARTS | SIDE_DOORS | {"embedders", "slim"},
     "verify": DENOISER | PARTS | SIDE_DOORS,
     # the judge: sees pictures, not how they were trained
-    "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress"},
+    "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress", "hints"},
     # the embedded world is free of the framework; the programs that made its teachers are not
     "zoo": DENOISER | PARTS | {"progress"},
     "zoo.teachers": DENOISER | PARTS | {"zoo", "families"},
@@ -86,7 +86,7 @@ MAY_IMPORT = {
     | LOOP
     | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "plain", "preview", "stages", "slim"},
     # what the commands do
-    "plan": SIDE_DOORS | {"config", "experts", "pixels"},
+    "plan": {"config", "weightless", "api"},
     "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "api"},
     "drawing": {"api", "data", "evaluation"},
     "judging": {"api", "adapters", "data", "denoiser", "evaluation", "stages", "zoo"},
@@ -100,7 +100,7 @@ MAY_IMPORT = {
 }
 
 # Which modules alone may import these packages.
-DIFFUSERS = SIDE_DOORS | {"zoo", "plan"}
+DIFFUSERS = SIDE_DOORS | {"zoo"}
 ONLY_IN = {"diffusers": DIFFUSERS, "transformers": DIFFUSERS, "peft": DIFFUSERS, "accelerate": {"trainer"}}
 
 # What these may not import even by way of others.

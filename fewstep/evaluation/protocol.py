@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import warnings
@@ -22,6 +21,7 @@ from fewstep.evaluation.images import check
 from fewstep.evaluation.kernel import kid
 from fewstep.evaluation.neighbours import prdc
 from fewstep.evaluation.reference import ZOO, Reference, extract, load_reference, reference_images
+from fewstep.hints import hint
 
 SHIPPED = Path(__file__).parent / "protocols"
 PLACES = (Path("eval/protocols"), Path(__file__).parents[2] / "eval" / "protocols", SHIPPED)
@@ -76,9 +76,8 @@ def load_protocol(name_or_file: str | Path) -> Protocol:
         raise ValueError(f"{file}: a protocol is a mapping of {', '.join(Protocol.model_fields)}")
     for key in content:
         if key not in Protocol.model_fields:
-            near = difflib.get_close_matches(str(key), Protocol.model_fields, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(Protocol.model_fields)}"
-            raise ValueError(f"{file}: unknown key {key!r}; {hint}")
+            known = f"; the keys are {', '.join(Protocol.model_fields)}"
+            raise ValueError(f"{file}: unknown key {key!r}{hint(str(key), Protocol.model_fields) or known}")
     try:
         return Protocol(**content)
     except ValidationError as error:
@@ -95,8 +94,8 @@ def _find(name: str) -> Path:
         if (place / f"{name}.yaml").is_file():
             return place / f"{name}.yaml"
     names = sorted({f.stem for place in PLACES if place.is_dir() for f in place.glob("*.yaml")})
-    near = difflib.get_close_matches(name, names, 1, 0.5)
-    raise ValueError(f"unknown protocol {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"))
+    known = f"; there are {', '.join(names)}"
+    raise ValueError(f"unknown protocol {name!r}{hint(name, names) or known}")
 
 
 def load_prompts(protocol: Protocol) -> list[str]:

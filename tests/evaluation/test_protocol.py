@@ -57,7 +57,7 @@ def test_a_protocol_reads_back(written):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (as_yaml() + "extracter: x\n", "unknown key 'extracter'; did you mean 'extractor'"),
+        (as_yaml() + "extracter: x\n", "unknown key 'extracter'; did you mean extractor?"),
         (as_yaml() + "zzz: x\n", "unknown key 'zzz'; the keys are name, prompts"),
         (as_yaml(n="40"), "n: input should be a valid integer"),
         (as_yaml(n=0), "n: .*greater than or equal"),
@@ -73,7 +73,7 @@ def test_a_faulty_protocol_is_refused_by_name(written, text, says):
 
 
 def test_an_unknown_protocol_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="unknown protocol 'sprite'; did you mean 'sprites'"):
+    with pytest.raises(ValueError, match="unknown protocol 'sprite'; did you mean sprites"):
         load_protocol("sprite")
     with pytest.raises(ValueError, match="no protocol file"):
         load_protocol("nowhere.yaml")
