@@ -1,8 +1,8 @@
 """Trains and judges configs over several seeds: `python eval/distill.py CONFIG ... [--seeds 0 1 2] [--protocol sprites]`.
 
 Writes eval/results/NAME.json: the rows of every seed (teacher rows once), and NAME.summary.json: teacher, training seconds
-(on the wall, and of processors), peak memory, passes a round, and for each step count the mean, the standard deviation and the
-worst of the student's Frechet distance. Runs lie in runs/NAME-seedN and are resumed, not repeated. Then
+(on the wall, and of processors), peak memory, passes a round, for each step count the mean, the standard deviation and the worst
+of the student's Frechet distance, and the config's settings. Runs lie in runs/NAME-seedN and are resumed, not repeated. Then
 `python eval/leaderboard.py` renders what is there.
 """
 
@@ -106,7 +106,9 @@ def main() -> None:
         merged = {**found, "rows": rows, "environment": found["environment"]}
         place = args.out / f"{config.stem}.json"
         results.write(place, merged)
-        record = {"config": str(config), "teacher": named(load(config).teacher), **costs(logs), "students": summary(rows)}
+        settings = load(config)
+        record = {"config": str(config), "teacher": named(settings.teacher), **costs(logs), "students": summary(rows)}
+        record |= {"settings": settings.model_dump(mode="json")}
         place.with_suffix(".summary.json").write_text(json.dumps(record, indent=2) + "\n")
         print(table(merged), json.dumps(record, indent=2), sep="\n", flush=True)
 

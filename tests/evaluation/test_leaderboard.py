@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.config import parse
+from fewstep.config import differences, load, parse
 
 EVAL = Path(__file__).parents[2] / "eval"
 
@@ -20,9 +20,9 @@ def program(name):
     return module
 
 
-leaderboard, distill = program("leaderboard"), program("distill")
+leaderboard, distill, headers = program("leaderboard"), program("distill"), program("headers")
 
-PROTOCOL = {"name": "toy", "hash": "abc", "extractor_id": "features"}
+PROTOCOL = {"name": "toy", "hash": "abc", "extractor_id": "features", "n": 2000}
 
 
 def written(folder, name, rows, **cost):
@@ -45,6 +45,26 @@ def test_the_command_runs_on_the_committed_results_and_the_committed_page_is_up_
     out = tmp_path / "page.md"
     subprocess.run([sys.executable, str(EVAL / "leaderboard.py"), "--out", str(out)], check=True, capture_output=True)
     assert out.read_text() == (EVAL / "LEADERBOARD.md").read_text(), "run `python eval/leaderboard.py` and commit its page"
+
+
+def test_the_heads_of_the_configs_say_what_the_results_say():
+    subprocess.run([sys.executable, str(EVAL / "headers.py"), "--check"], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("summary", sorted((EVAL / "results").glob("sprites-*.summary.json")), ids=lambda f: f.name)
+def test_what_was_measured_is_the_config_that_ships(summary):
+    found = json.loads(summary.read_text())
+    assert differences(parse(found["settings"]), load(EVAL.parent / found["config"])) == []
+
+
+def test_a_head_keeps_its_authors_words_and_takes_the_numbers_in_place_of_older_ones(tmp_path):
+    written(tmp_path, "a", [student(3.0, 0), student(5.0, 1), {"model": "teacher", "steps": 2, "fd": 9.0}])
+    block = headers.said("a", tmp_path)
+    assert block.splitlines()[1] == "#           2 steps: FD 4.0 +- 1.4 (teacher: FD 9.0)" and "--seeds 0 1 " in block
+    plain = "# Title\n# Note: mine\nteacher: {path: x}  # why\n"
+    once = headers.head(plain, block)
+    assert once == "# Title\n# Note: mine\n" + block + "teacher: {path: x}  # why\n" and headers.head(once, block) == once
+    assert headers.head(once, "# Measured: not yet.\n") == plain.replace("teacher:", "# Measured: not yet.\nteacher:", 1)
 
 
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
