@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from fewstep.config import parse
 from fewstep.evaluation import results
 
 HERE = Path(__file__).parent
@@ -37,7 +38,8 @@ COSTS = {"train_seconds": ".0f", "train_cpu_seconds": ".0f", "peak_gb": ".2f"}
 HEAD = """# Leaderboard
 
 Made by `python eval/leaderboard.py` from `eval/results/`; do not edit. Lower FD is better; a dash was not recorded. Numbers are
-comparable inside one table only: one protocol, one set of teacher weights behind its features.
+comparable inside one table only: one protocol, one set of teacher weights behind its features. A star marks the steps
+that a student was trained for.
 """
 
 
@@ -64,14 +66,14 @@ def _teacher(cost: Mapping[str, Any]) -> str | None:
 
 def _rows(name: str, rows: list[dict[str, Any]], teacher: str | None, cost: Mapping[str, Any]) -> list[tuple[int, list[str]]]:
     """(0 for a teacher, 1 for a student; cells) of each model and number of steps of one file."""
-    found = []
+    found, home = [], _home(cost)
     for model, steps in dict.fromkeys((r["model"], r["steps"]) for r in rows):
         mine = [r for r in rows if (r["model"], r["steps"]) == (model, steps)]
         student = model == "student"
         spent = [_mean(cost.get(key), form) for key, form in COSTS.items()] + [_passes(cost)]
         cells = [
             name if student else model,
-            str(steps),
+            f"{steps}*" if student and steps == home else str(steps),
             teacher or "-",
             str(len({r["seed"] for r in mine if "seed" in r}) or "-"),
             *(_mean([r[key] for r in mine if r.get(key) is not None], form) for key, form in MEASURES.items()),
@@ -79,6 +81,14 @@ def _rows(name: str, rows: list[dict[str, Any]], teacher: str | None, cost: Mapp
         ]
         found.append((int(student), cells))
     return found
+
+
+def _home(cost: Mapping[str, Any]) -> int | None:
+    """The number of steps that a student was trained for, in the last of its stages."""
+    if "settings" not in cost:
+        return None
+    config = parse(cost["settings"])
+    return (config.stages[-1] if config.stages else config).objective.steps
 
 
 def _mean(values: Iterable[float | None] | None, form: str) -> str:
@@ -109,7 +119,7 @@ def render(folder: Path) -> str:
     for (name, extractor), rows in tables.items():
         page += [f"## {name}\n", f"Features: `{extractor}`\n"]
         page += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-        rows.sort(key=lambda row: (row[1][2], row[0], int(row[1][1]), row[1][4] == "-", _number(row[1][4])))
+        rows.sort(key=lambda row: (row[1][2], row[0], int(row[1][1].rstrip("*")), row[1][4] == "-", _number(row[1][4])))
         page += ["| " + " | ".join(cells) + " |" for _, cells in rows] + [""]
     return "\n".join(page)
 

@@ -67,6 +67,16 @@ def test_a_head_keeps_its_authors_words_and_takes_the_numbers_in_place_of_older_
     assert headers.head(once, "# Measured: not yet.\n") == plain.replace("teacher:", "# Measured: not yet.\nteacher:", 1)
 
 
+def test_a_star_marks_the_steps_that_a_student_was_trained_for(tmp_path):
+    settings = {
+        "teacher": {"path": "zoo:sprites-sd"},
+        "objective": {"name": "dmd", "steps": 2},
+        "data": {"prompts": "zoo:sprites"},
+    }
+    written(tmp_path, "a", [student(3.0, 0), {**student(4.0, 0), "steps": 4}], settings=parse(settings).model_dump(mode="json"))
+    assert [row["steps"] for row in lines(leaderboard.render(tmp_path))] == ["2*", "4"]
+
+
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
     costs = {"train_seconds": [10.0, 14.0], "train_cpu_seconds": [5.0, 7.0], "peak_gb": [1.0, 2.0]}
     costs["passes"] = {"student": 6.0, "student_backward": 1.0}
