@@ -84,6 +84,10 @@ class Prediction:
         """grad log p(x_t) = -eps / sigma, for sigma > 0."""
         return -self.eps / self.sigma
 
+    def detach(self) -> Prediction:
+        """The same without a graph."""
+        return Prediction(self.x0.detach(), self.eps.detach(), self.alpha, self.sigma)
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -168,10 +172,15 @@ class Denoiser:
         """The network's own output, recovered from its prediction: pairs with `aim`."""
         return self.aim(prediction.x0, prediction.eps, t)
 
-    def linear_loss(self, x0: Tensor, t: Tensor) -> Tensor:
-        """`linear_loss` of samples x0 (B, C, *S) at t (B,) in the network's native target, (B,)."""
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        return linear_loss(x0, alpha, sigma, *TARGETS[self.target](alpha, sigma))
+    def linear_loss(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
+        """`linear_loss` (B,) of samples x (B, C, *S), clean or at level s (B,), at t in the network's native target, which above
+        a level is the unbiased one (`kernel_target`)."""
+        s = torch.zeros_like(t) if s is None else s
+        a, b = TARGETS[self.target](*self.schedule.alpha_sigma(t))
+        one, none = torch.ones_like(t), torch.zeros_like(t)
+        of_sample, of_noise = (self.schedule.kernel_target(*parts, s, t) for parts in ((one, none), (none, one)))
+        mixed = (a * x0 + b * eps for x0, eps in (of_sample, of_noise))
+        return linear_loss(x, *self.schedule.kernel(s, t), *mixed)
 
 
 def linear_loss(x0: Tensor, alpha: Tensor, sigma: Tensor, a: Tensor, b: Tensor) -> Tensor:

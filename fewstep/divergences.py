@@ -51,13 +51,21 @@ def ranges(t: Tensor, low: float, high: float, n: int) -> Tensor:
     return ((t - low) / (high - low) * n).long().clamp(0, n - 1)
 
 
-def relative(logit: Tensor, group: Tensor, least: float = 0.1, most: float = 20.0) -> Tensor:
+def relative(
+    logit: Tensor,
+    group: Tensor,
+    groups: int,
+    everywhere: Callable[[Tensor], Tensor],
+    *,
+    least: float = 0.1,
+    most: float = 20.0,
+) -> Tensor:
     """The log-ratio (B,) whose ratio averages 1 in each group, since E_student[r] = 1 at every noise level; without a graph.
 
-    logit: (B,), clamped so that the ratio lies in [least, most]. group: (B,) small whole numbers on the CPU, which samples to
-    average over. f-distill's first normalisation, whose average is over the batch at hand here."""
+    logit: (B,), clamped so that the ratio lies in [least, most]. group: (B,) whole numbers below `groups`, on the CPU: which
+    samples to average over. everywhere: see `Nets`. f-distill's first normalisation, over the batches of all processes here."""
     ratio = logit.detach().exp().clamp(least, most)
     index = group.to(ratio.device, non_blocking=True)
-    empty = ratio.new_zeros(int(group.max()) + 1)
-    mean = empty.index_add(0, index, ratio) / empty.index_add(0, index, torch.ones_like(ratio)).clamp_min(1)
-    return (ratio / mean[index]).log()
+    empty = ratio.new_zeros(groups)
+    sums = everywhere(torch.stack([empty.index_add(0, index, x) for x in (ratio, torch.ones_like(ratio))]))
+    return (ratio / (sums[0] / sums[1].clamp_min(1e-12))[index]).log()

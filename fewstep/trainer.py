@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,6 +161,8 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
         role.net.to(accelerator.device)
     players = {name: Player(job.roles[name], settings, accelerator, name in needs.restarts) for name in names}
     nets = job.nets({**job.roles, **{name: p.module for name, p in players.items()}})
+    if accelerator.num_processes > 1:
+        nets = replace(nets, everywhere=lambda x: accelerator.reduce(x.detach(), "mean"))
     averages = _averages(job)
     start = _restore(job, players, averages) if resume else 0
     _follow(job, averages)

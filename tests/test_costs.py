@@ -79,12 +79,21 @@ def test_consistency_makes_the_passes_it_must_and_no_others(opened, kind):
 
 @kinds
 def test_with_heads_the_critics_pass_serves_its_score_and_its_features(opened, kind):
-    """Beside dmd's own, only what is new is passed: real data in the critic's turn, the sample in the student's."""
+    """Beside dmd's own, only what is new is passed: real data in the critic's turn."""
     study = opened({"name": "adversarial", "inner": {"name": "dmd", "steps": 1, "critic_turns": 1}}, kind)
     (critic, seen), (student, judged) = passes(study)
     assert (critic, student) == ("critic", "student")
     assert seen == {("student", False, B): 1, ("critic", True, B): 2}
-    assert judged == {**STUDENT_OF_DMD, ("critic", True, B): 1}
+    assert judged == {("student", True, B): 1, ("critic", True, B): 1, ("teacher", False, 2 * B): 1}
+
+
+@kinds
+def test_a_ratio_comes_from_the_pass_that_gives_the_score(opened, kind):
+    """f_distill's student: the critic once, with a graph for its features; a fresh pass only for what it learns from."""
+    study = opened({"name": "f_distill", "steps": 1, "critic_turns": 1}, kind)
+    (_, learned), (_, judged) = passes(study)
+    assert judged == {("student", True, B): 1, ("critic", True, B): 1, ("teacher", False, 2 * B): 1}
+    assert learned == {("student", False, B): 1, ("critic", True, B): 1, ("critic", True, 2 * B): 1}
 
 
 @kinds

@@ -27,7 +27,7 @@ from fewstep.denoiser import Cond
 from fewstep.monitor import Log, Meter
 from fewstep.networks import Role
 from fewstep.objectives import Losses, Needs, Objective, Turn
-from fewstep.trainer import Diverged, Job, Settings, fit
+from fewstep.trainer import Diverged, Job, Player, Settings, fit, make_accelerator
 
 ROOT = Path(__file__).parents[1]
 
@@ -421,6 +421,18 @@ def test_resume_between_two_phases_is_bitwise(setup, tmp_path):
     assert {int(v) for k, v in steps.items() if k.endswith(":step")} == {1}  # of the second phase alone
 
 
+def test_a_player_that_starts_afresh_has_its_first_weights_and_an_optimizer_that_knows_nothing():
+    role = Role("critic", nn.Linear(2, 2), owns=True, dtype=torch.float32)
+    first = {k: p.detach().clone() for k, p in role.weights().items()}
+    player = Player(role, SETTINGS, make_accelerator(SETTINGS), restarts=True)
+    for _ in range(2):
+        player.module(torch.ones(1, 2)).sum().backward()
+        player.update(0.1, 1.0)
+        assert not same(first, role.weights()) and player.optimizer_tensors()
+        player.restart()
+        assert same(first, role.weights()) and not player.optimizer_tensors()
+
+
 def test_another_objective_trains_a_mixture_too(setup, tmp_path):
     config = setup("consistency", "full", rounds=2)
     mixed = config.model_copy(update={"student": config.student.model_copy(update={"phases": 2})})
@@ -441,6 +453,9 @@ def test_a_run_folder_holds_what_the_design_names(setup, tmp_path, monkeypatch):
     assert {f.name for f in tmp_path.iterdir()} == {"run", "cache"}
     assert load(run.folder / "config.yaml") == setup(rounds=2, save_every=1)
     assert json.loads((run.place / "state.json").read_text())["grid"] == list(run.study.grid)
+    watched = {"student/grad_norm", "critic/grad_norm", "student/x0_std", "student/x0_max", "student/x0_drift"}
+    watched |= {"critic/over_linear", "pictures/contrast", "pictures/saturation", "pictures/clipped", "pictures/shift"}
+    assert watched <= {k for line in metrics(run.folder) for k, v in line.items() if math.isfinite(v)}
     assert run.sample(["a red circle"]).shape == (1, 64, 64, 3)
 
 

@@ -41,11 +41,13 @@ class Overheard(Denoiser):
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, g: Tensor | None = None, r: Tensor | None = None) -> Prediction:
         otherwise = g is not None or r is not None or cond is not self.cond
-        if otherwise or not torch.is_grad_enabled():  # a network asked otherwise, or a score alone
+        graph = torch.is_grad_enabled()
+        if otherwise or not (graph or x_t.requires_grad):  # a network asked otherwise, or about what nobody can change
             return super().__call__(x_t, t, cond, g=g, r=r)
-        prediction, logits = self.judge.both(x_t, t, cond)
+        with torch.enable_grad():  # whoever wants the score alone has none of it from here on; the logits' ends at their taps
+            prediction, logits = self.judge.both(x_t, t, cond)
         self.views.append(View(x_t, t, logits))
-        return prediction
+        return prediction if graph else prediction.detach()
 
 
 def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses, View | None]:

@@ -3,6 +3,7 @@ al. 2025, arXiv 2502.15681)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
@@ -14,7 +15,7 @@ from fewstep.heads import Heads
 from fewstep.losses import CONTESTS, flat_mean, non_saturating, normalised, push
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, register
 from fewstep.objectives.contest import contest, noised
-from fewstep.objectives.two_time_scale import TwoTimeScale, scored, size
+from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.schedules import like
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -32,8 +33,8 @@ class FDistill(TwoTimeScale):
     student update. heads, taps: as for `adversarial`. weight: of the GAN term; judge_weight: of the heads' loss beside the
     critic's. bins: ranges of time in each of which r is made to average 1. floor: as for
     `dmd`; low, high, critic_low, ida: see TwoTimeScale.
-    Deviations: the averages of r and of h are those of a process's batch at hand, not moving ones, so a batch should hold several
-    samples a bin (the paper: 10 bins, batches of 512); heads and critic move together, by an optimizer each.
+    Deviations: the averages of r and of h are those of the batches at hand, not moving ones, so these should hold several samples
+    a bin (the paper: 10 bins, batches of 512); heads and critic move together, by an optimizer each; judge_weight (the paper: 1).
     """
 
     steps: int = 4
@@ -64,19 +65,20 @@ class FDistill(TwoTimeScale):
         """h x `dmd`'s direction (theorem 1), and weight x softplus(-D) at the same x_t."""
         assert nets.judge is not None
         x, x_t, t = self.noised(nets, batch, rng)
-        logits = nets.judge.logits(x_t, t, batch.cond)
-        real, fake = scored(nets, batch, x_t, t)
+        critic, logits = nets.judge.both(x_t, t, batch.cond)
         with torch.no_grad():
-            h = self.weights(logits, t)
-            direction = like(h, x) * normalised(fake - real, x, real, self.floor)
+            real = nets.teacher(x_t, t, batch.cond).x0
+            h = self.weights(logits, t, nets.everywhere)
+            direction = like(h, x) * normalised(critic.x0 - real, x, real, self.floor)
         terms = {"dm": push(x, direction), "adversary": self.weight * flat_mean(non_saturating(logits))}
         return Losses(terms, {"direction": size(direction), "largest_weight": h.max()}, x)
 
-    def weights(self, logits: Tensor, t: Tensor) -> Tensor:
-        """h(r) (B,), averaging 1 over the batch, of r = exp(mean logit) that averages 1 in each bin of t (algorithm 1)."""
+    def weights(self, logits: Tensor, t: Tensor, everywhere: Callable[[Tensor], Tensor]) -> Tensor:
+        """h(r) (B,), averaging 1 over all processes' batches, of r = exp(mean logit) that averages 1 in each bin of t (algorithm
+        1); everywhere: see `Nets`."""
         place = ranges(t, self.low, self.high, self.bins)
-        h = divergence(self.divergence).weight(relative(flat_mean(logits), place))
-        return h / h.mean()
+        h = divergence(self.divergence).weight(relative(flat_mean(logits), place, self.bins, everywhere))
+        return h / everywhere(h.mean())
 
     def critic_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """Denoising loss of the critic on the student's samples, and judge_weight x the heads' loss, which tells them, noised,
@@ -89,4 +91,4 @@ class FDistill(TwoTimeScale):
         rules = CONTESTS["non_saturating"]  # its best logit is log r
         told = contest(nets, batch.cond, real, fake, rules, rng, r1=0.0, r2=0.0, jitter=0.0)
         judged = {k: self.judge_weight * v for k, v in told.terms.items()}
-        return replace(losses, terms={**losses.terms, **judged}, stats=told.stats)
+        return replace(losses, terms={**losses.terms, **judged}, stats={**losses.stats, **told.stats})

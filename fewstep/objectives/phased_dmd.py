@@ -91,7 +91,9 @@ class PhasedDMD(Objective):
         prediction = critic(schedule.forward_kernel(x_s, noise, s, t), t, batch.cond)
         loss = mse(critic.native(prediction, t), critic.aim(*schedule.kernel_target(x_s, noise, s, t), t))
         share = (schedule.kernel(s, t)[1] / schedule.alpha_sigma(t)[1]) ** 2
-        return Losses({"denoise": like((self.most * share).clamp(max=1.0), loss) * loss}, sample=x0)
+        weight = like((self.most * share).clamp(max=1.0), loss)
+        linear = weight * critic.linear_loss(x_s, t, s).to(loss)
+        return Losses({"denoise": weight * loss}, {"denoise_linear": linear.mean()}, x0)
 
     def _arrive(self, phase: int, nets: Nets, batch: Batch, rng: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """(x_s, x0, s): where the deployed step takes the student from a random step of the phase, the x0 it stood on, and s

@@ -72,4 +72,5 @@ class UniInstruct(TwoTimeScale):
         prediction, logits = nets.judge.both(x_t, t, batch.cond)
         logit = flat_mean(logits).clamp(math.log(self.least), math.log(self.most))
         place = ranges(t, self.low, self.high, self.bins)
-        return prediction.x0, logit + (relative(logit, place, self.least, self.most) - logit).detach()
+        mean_one = relative(logit, place, self.bins, nets.everywhere, least=self.least, most=self.most)
+        return prediction.x0, logit + (mean_one - logit).detach()

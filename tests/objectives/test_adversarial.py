@@ -126,22 +126,26 @@ def test_a_shared_view_has_the_logits_that_a_pass_of_its_own_would_give():
     assert float(losses.stats["gap"]) == pytest.approx(float((real - fake).mean()), abs=1e-6)
 
 
-@pytest.mark.parametrize("inner", ["detached", "attached"])
+@pytest.mark.parametrize("inner", ["detached", "attached", "score"])
 def test_the_student_shares_a_pass_only_where_its_sample_has_a_way_through(inner):
-    """A score at a detached x_t (distribution matching) has nothing to teach the student by: then the term has its own pass."""
+    """A score at x_t that the sample has made (distribution matching) is heard, though it is wanted without a graph; one at a
+    detached x_t has nothing to teach the student by: then the term has its own pass."""
     objective = Adversarial(inner=DMD(steps=1, critic_turns=1), weight=1.0)
     world, players, passes = learned(objective)
     x = torch.randn(16, 2, requires_grad=True)
 
     def loss(nets, batch, rng):
         with torch.no_grad():
-            nets.critic(x, times(0.3).expand(16), NOTHING)  # a score alone is never listened to
-        seen = nets.critic(0.5 * (x if inner == "attached" else x.detach()), times(0.5).expand(16), NOTHING)
+            nets.critic(x.detach(), times(0.3).expand(16), NOTHING)  # nobody's sample is never listened to
+        x_t = 0.5 * (x.detach() if inner == "detached" else x)
+        with torch.set_grad_enabled(inner != "score"):
+            seen = nets.critic(x_t, times(0.5).expand(16), NOTHING)
+        assert not (inner == "score" and seen.x0.requires_grad)
         return Losses({"toy": seen.x0.mean(1)}, sample=x)
 
     before = len(passes)
     losses = objective.student_loss(Turn("student", loss), players, world.batch(16), stream(0, 0, 0, 0))
-    assert len(passes) - before == (2 if inner == "attached" else 3)
+    assert len(passes) - before == (3 if inner == "detached" else 2)
     (grad,) = torch.autograd.grad(losses.terms["adversary"].sum(), losses.sample)
     assert bool((grad.abs().sum(1) > 0).all())
 

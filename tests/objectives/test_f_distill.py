@@ -1,10 +1,13 @@
 """The ratio is the discriminator's own logit, and what it weighs is dmd's direction."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import Tensor
 from toys import (
     NOTHING,
     SCHEDULES,
@@ -20,6 +23,7 @@ from toys import (
     times,
 )
 
+from fewstep.denoiser import Denoiser
 from fewstep.divergences import DIVERGENCES
 from fewstep.objectives import Batch
 from fewstep.objectives.dmd import DMD
@@ -38,6 +42,7 @@ class Knowing:
 
     schedule: object
     student: tuple[float, float] = (M, R)
+    critic: Denoiser | None = None
     apart: float = 0.3
 
     def logits(self, x_t, t, cond):
@@ -49,10 +54,13 @@ class Knowing:
         exact = log_density(MU, S) - log_density(*self.student)
         return torch.cat([exact - self.apart, exact + self.apart], 1)
 
+    def both(self, x_t, t, cond):
+        return self.critic(x_t, t, cond), self.logits(x_t, t, cond)
+
 
 def nets_of(level, target, m=M, r=R):
     players = denoiser(Linear(m, r), level, target), *(gaussian([x], [y**2], level, target) for x, y in ((MU, S), (m, r)))
-    return replace(game(*players), judge=Knowing(level, (m, r)))
+    return replace(game(*players), judge=Knowing(level, (m, r), players[-1]))
 
 
 @pytest.mark.parametrize("a, sig", [(0.8, 0.6), (0.4, 0.6)])
@@ -94,23 +102,48 @@ def test_the_weight_is_made_of_the_logit_and_of_no_loss(divergence):
     r = [math.exp(2.0), math.exp(-1.0), 1.0]
     r = torch.tensor([x / (sum(r) / 3) for x in r], dtype=torch.float64)
     h = DIVERGENCES[divergence].weight(r.log())
-    torch.testing.assert_close(FDistill(divergence=divergence, bins=1).weights(logits, t), h / h.mean())
+    torch.testing.assert_close(FDistill(divergence=divergence, bins=1).weights(logits, t, Tensor.detach), h / h.mean())
+
+
+def test_the_averages_are_those_of_all_processes():
+    """T19: two processes with half a batch each weigh their samples as one with all of it; the mean over both is 1."""
+    objective = FDistill(divergence="kl", bins=3)
+    logits, t = 3 * stream(0, 0, 0, 0).normal((64, 2), torch.float64), stream(0, 0, 0, 1).uniform(64)
+    whole = objective.weights(logits, t, Tensor.detach)
+    said: list[list[Tensor]] = [[], []]
+    barrier = threading.Barrier(2, timeout=60)
+
+    def process(i: int) -> Tensor:
+        def everywhere(x: Tensor) -> Tensor:
+            said[i].append(x)
+            barrier.wait()
+            return sum(one[len(said[i]) - 1] for one in said) / 2
+
+        half = slice(32 * i, 32 * (i + 1))
+        return objective.weights(logits[half], t[half], everywhere)
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(process, range(2)))
+    torch.testing.assert_close(torch.cat(parts), whole)
+    assert whole.mean().item() == pytest.approx(1)
 
 
 def test_each_range_of_time_has_an_average_of_its_own():
     """Heads that are sure at clean times and not at noisy ones do not make the clean ones heavier."""
     t = times(0.03, 0.2, 0.8, 0.97)
     logits = torch.tensor([[2.0], [1.0], [0.1], [-0.1]], dtype=torch.float64)
-    clean, noisy = FDistill(divergence="kl", bins=2).weights(logits, t).split(2)
+    clean, noisy = FDistill(divergence="kl", bins=2).weights(logits, t, Tensor.detach).split(2)
     assert clean.mean().item() == pytest.approx(1) and noisy.mean().item() == pytest.approx(1)
-    assert FDistill(divergence="kl", bins=1).weights(logits, t)[:2].mean() > 1.3
-    assert FDistill(divergence="kl", bins=2).weights(logits, times(0.02, 0.98, 0.02, 0.98)).shape == (4,)  # the ends belong
+    assert FDistill(divergence="kl", bins=1).weights(logits, t, Tensor.detach)[:2].mean() > 1.3
+    assert FDistill(divergence="kl", bins=2).weights(logits, times(0.02, 0.98, 0.02, 0.98), Tensor.detach).shape == (
+        4,
+    )  # the ends belong
 
 
 @every
 def test_weights_are_positive_average_one_and_have_no_graph(divergence):
     logits = (5 * stream(0, 0, 0, 0).normal((256, 3))).requires_grad_()
-    h = FDistill(divergence=divergence).weights(logits, stream(0, 0, 0, 1).uniform(256))
+    h = FDistill(divergence=divergence).weights(logits, stream(0, 0, 0, 1).uniform(256), Tensor.detach)
     assert h.min() > 0 and h.mean().item() == pytest.approx(1, abs=1e-5) and not h.requires_grad
 
 
@@ -129,7 +162,7 @@ def test_the_student_feels_the_heads_and_the_heads_not_the_student():
     rng = Quadrature(2)
     plain = DMD().student_loss(nets, Batch(NOTHING, (len(rng), 1)), rng)
     (unweighted,) = torch.autograd.grad(plain.terms["dm"].sum(), plain.sample)
-    h = FDistill().weights(logits, times(*[0.5] * len(rng)))
+    h = FDistill().weights(logits, times(*[0.5] * len(rng)), Tensor.detach)
     torch.testing.assert_close(direction, h[:, None] * unweighted)
 
 

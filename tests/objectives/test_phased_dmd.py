@@ -105,6 +105,27 @@ def test_the_critic_learns_the_law_at_the_end_of_the_phase(name, target):
 
 
 @pytest.mark.parametrize(("name", "target"), KINDS)
+def test_an_exact_critic_above_a_level_loses_what_the_monitors_hold_it_against(name, target):
+    schedule, s, m, r, n = SCHEDULES[name], GRID[1], -0.3, 0.6, 100_000
+    mean, std, _ = arrival(schedule, m, r, s)
+    critic = denoiser(Carried(mean, std, s, schedule), schedule, target)
+    nets = game(denoiser(Linear(m, r), schedule, target), None, critic, grid=GRID, step=ddim)
+    with torch.no_grad():
+        losses = PhasedDMD(steps=2).critic_loss(0, nets, Batch(NOTHING, (n, 1)), stream(0, 0, 0, 0))
+    assert losses.total.item() == pytest.approx(losses.stats["denoise_linear"].item(), rel=0.03)
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_a_phase_asks_no_expert_but_its_own_for_gradients(phase):
+    """Earlier experts draw what the later ones begin with, and stay as they were; the later ones are not even asked."""
+    objective = PhasedDMD(steps=4, phases=2)
+    world = ring(objective)
+    objective.student_loss(phase, world.nets, world.batch(16), stream(0, 0, 0, 0)).total.backward()
+    learnt = [[p.grad is not None for p in expert.parameters()] for expert in world.players["student"].experts]
+    assert not any(learnt[1 - phase]) and any(learnt[phase])
+
+
+@pytest.mark.parametrize(("name", "target"), KINDS)
 @pytest.mark.parametrize("player", ["student", "critic"])
 def test_one_phase_is_dmd_to_the_bit(name, target, player):
     """T14, T23."""

@@ -34,7 +34,7 @@ every = pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.fixture
 def exact(monkeypatch):
     """Ratios as the judge says them: nodes of a quadrature have weights, which an average over a batch knows nothing of."""
-    monkeypatch.setattr("fewstep.objectives.uni_instruct.relative", lambda logit, *_: logit.detach())
+    monkeypatch.setattr("fewstep.objectives.uni_instruct.relative", lambda logit, *_, **__: logit.detach())
 
 
 @dataclass(frozen=True)
