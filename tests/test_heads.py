@@ -12,7 +12,7 @@ from toys import NOTHING
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.families import FAMILIES
-from fewstep.heads import KINDS, Discriminator, Heads
+from fewstep.heads import KINDS, Discriminator, Forked, Heads, averaged, tokenwise, whole
 from fewstep.networks import Full, Lora, build, heads_role
 from fewstep.taps import Taps, tapped, taps_of
 
@@ -155,6 +155,19 @@ def test_heads_judge_latents_of_any_size(family, kind, size):
     assert logits.isfinite().all() and logits.ndim == 2
     if kind != "ladd":
         assert logits.shape[1] == 1
+
+
+@pytest.mark.parametrize("head", [whole, averaged, tokenwise])
+@pytest.mark.parametrize("size", [(8, 8), (12, 12), (32, 32), (16, 24)])
+def test_heads_look_at_all_of_a_map_of_any_size(head, size):
+    """T22: a logit a map, or one a token, to which every place of the map adds; of several taps, side by side."""
+    heads = Forked([head(width) for width in (80, 96)])
+    maps = [torch.randn(2, width, *size, requires_grad=True) for width in (80, 96)]
+    logits = heads(maps)
+    assert logits.shape == (2, 2 * (size[0] * size[1] if head is tokenwise else 1)) and logits.isfinite().all()
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+    for slope in torch.autograd.grad(logits.square().sum(), maps):
+        assert (slope.abs().amax(1) > 0).all()
 
 
 def test_a_token_has_a_logit_of_its_own(family):
