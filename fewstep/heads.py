@@ -56,7 +56,9 @@ def averaged(width: int) -> nn.Module:
 
 
 def _groups(width: int) -> int:
-    return next(n for n in range(min(32, width), 0, -1) if width % n == 0)
+    """32 as in the papers, fewer where a group would have less than eight channels: over a single place, two of them are always
+    normalised to the same numbers, and one alone to nothing."""
+    return next(n for n in range(max(1, min(32, width // 8)), 0, -1) if width % n == 0)
 
 
 class _Residual(nn.Module):
@@ -149,14 +151,14 @@ class Discriminator:
         return [self.heads([torch.cat(pair, 1) for pair in zip(maps, seen[-1], strict=True)]) for maps in seen[:-1]]
 
     def _features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        with tapped(self.taps.blocks, stop=True) as found:
+        with tapped(self.taps.blocks, "stop") as found:
             ending = Ending(self.denoiser.net, len(self.taps.blocks), found)
             with suppress(Enough):
                 replace(self.denoiser, net=ending)(x_t, t, cond)
         return self.taps.read(found, x_t, cond)
 
-    def both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
-        """The denoiser's own prediction and the logits, from one pass."""
-        with tapped(self.taps.blocks, stop=False) as found:
+    def both(self, x_t: Tensor, t: Tensor, cond: Cond, *, graph: bool = True) -> tuple[Prediction, Tensor]:
+        """The denoiser's own prediction and the logits, from one pass; graph: whether the prediction has one, too."""
+        with tapped(self.taps.blocks, "go on" if graph else "forget") as found:
             prediction = self.denoiser(x_t, t, cond)
         return prediction, self.heads(self.taps.read(found, x_t, cond))

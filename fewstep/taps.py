@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +24,23 @@ class Enough(Exception):
 
 
 @contextmanager
-def tapped(blocks: Mapping[str, nn.Module], stop: bool) -> Iterator[dict[str, Any]]:
+def tapped(blocks: Mapping[str, nn.Module], then: Literal["go on", "forget", "stop"] = "go on") -> Iterator[dict[str, Any]]:
     """Collects the outputs of blocks by name while it is open; the hooks are gone afterwards, whatever happens.
 
-    stop: the pass ends with `Enough` at the last block reached."""
+    then: what comes behind the last block reached: the rest, the rest without a graph, or with `Enough` nothing."""
     found: dict[str, Any] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             found[name] = output
-            if stop and len(found) == len(blocks):
-                raise Enough(tuple(found.values()))
+            if then != "go on" and len(found) == len(blocks):
+                if then == "stop":
+                    raise Enough(tuple(found.values()))
+                torch.set_grad_enabled(False)
 
         return hook
 
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, torch.set_grad_enabled(torch.is_grad_enabled()):
         for name, block in blocks.items():
             hook = block.register_forward_hook(note(name))
             hooks.callback(hook.close if isinstance(hook, ExitStack) else hook.remove)

@@ -29,7 +29,7 @@ def opened(tmp_path_factory):
     teacher = str(save(tiny_sd_pipeline(), tmp_path_factory.mktemp("teacher") / "sd"))
 
     def make(objective, kind):
-        images = objective["name"] != "dmd"
+        images = objective["name"] not in ("dmd", "sid")
         tree = {"teacher": {"path": teacher, "guidance": 3.0}, "student": ROLES[kind], "critic": ROLES[kind]}
         return open_study(parse({**tree, "objective": objective, "data": {"images" if images else "prompts": "nowhere"}}))
 
@@ -96,18 +96,31 @@ def test_a_ratio_comes_from_the_pass_that_gives_the_score(opened, kind):
     assert learned == {("student", False, B): 1, ("critic", True, B): 1, ("critic", True, 2 * B): 1}
 
 
+# What the student's sample passes through on its way to the loss, beside the student.
+BEYOND = {
+    "dmd": ({"steps": 2}, lambda nets, *sample: None),
+    "consistency": ({"steps": 2}, lambda nets, *sample: None),
+    "adversarial": ({"inner": {"name": "dmd", "steps": 2}}, lambda nets, *sample: nets.judge.logits(*sample)),
+    "sid": ({"steps": 2}, lambda nets, *sample: (nets.teacher(*sample), nets.critic(*sample))),
+}
+
+
 @kinds
-@pytest.mark.parametrize("name", ["dmd", "consistency"])
-def test_a_students_turn_keeps_no_more_than_its_one_pass_does(opened, kind, name):
-    """Networks asked without a graph leave nothing behind: what remains is arithmetic on a few latents."""
-    study = opened({"name": name, "steps": 2}, kind)
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_students_turn_keeps_no_more_than_the_passes_do_that_have_a_graph(opened, kind, name):
+    """Its own; the critic's up to the tap, and the heads, where those judge; all of teacher and critic for SiD. Networks asked
+    without a graph leave nothing behind: what remains is arithmetic on a few latents."""
+    options, beyond = BEYOND[name]
+    study = opened({"name": name, **options}, kind)
     nets, cond = study.nets(study.roles), study.teacher.encode(["a red circle"] * B)
     _, turn = turns(study)[-1]
     for role_name, role in study.roles.items():
         role.requires_grad_(role_name == "student")
     x, t = torch.randn(B, *SHAPE), torch.full((B,), 0.5, dtype=torch.float64)
-    bare = saved_bytes(lambda: nets.student(x, t, cond))
-    assert bare > 100 * ONE_X
+    student = saved_bytes(lambda: nets.student(x, t, cond))
+    bare = saved_bytes(lambda: beyond(nets, nets.student(x, t, cond).x0, t, cond))
+    assert student > 100 * ONE_X and bare >= student + 100 * ONE_X * (name in ("adversarial", "sid"))
+    assert name != "adversarial" or bare - student < student / 2  # the critic's pass ends halfway
     assert bare <= saved_bytes(turn) < bare + 12 * ONE_X
 
 

@@ -102,7 +102,7 @@ def test_a_tap_on_two_networks_sees_every_row_in_its_place(relay, t, stop):
     denoiser, x, t, cond = fed(relay, t)
     taps = taps_of(relay, tuple(Heads("dmd2").taps_on(relay).blocks))
     ended = False
-    with tapped(taps.blocks, stop=stop) as found:
+    with tapped(taps.blocks, "stop" if stop else "go on") as found:
         try:
             denoiser(x, t, cond)
         except Enough:
@@ -111,7 +111,7 @@ def test_a_tap_on_two_networks_sees_every_row_in_its_place(relay, t, stop):
     assert ended is stop and whole.shape == (3, 16, 4, 2)
     for i, time in enumerate(t.tolist()):
         net = relay.transformer if time >= 0.875 else relay.transformer_2
-        with tapped({"blocks.0": net.blocks[0]}, stop=False) as alone:
+        with tapped({"blocks.0": net.blocks[0]}) as alone:
             denoiser.call(net, x[i : i + 1], denoiser.schedule.model_time(t[i : i + 1]).float(), cond[i : i + 1])
         assert_close(whole[i], alone["blocks.0"][0].T.unflatten(1, (4, 2)))
     assert not any(block._forward_hooks for net in relay.children() for block in net.blocks)

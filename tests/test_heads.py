@@ -12,7 +12,7 @@ from toys import NOTHING
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.families import FAMILIES
-from fewstep.heads import KINDS, Discriminator, Heads
+from fewstep.heads import KINDS, Discriminator, Forked, Heads, averaged, tokenwise, whole
 from fewstep.networks import Full, Lora, build, heads_role
 from fewstep.taps import Taps, tapped, taps_of
 
@@ -93,6 +93,18 @@ def test_an_early_exit_sees_what_a_whole_pass_sees(family, kind):
     assert not torch.equal(judge("teacher").logits(*inputs), logits)  # each role's own features
 
 
+@pytest.mark.parametrize("kind", LATENT)
+def test_a_score_beside_features_leaves_no_graph_beyond_the_taps(family, kind):
+    _, (x_t, t, cond), judge = players(family, kind)
+    x_t = x_t.clone().requires_grad_()
+    whole, logits = judge().both(x_t, t, cond)
+    score, again = judge().both(x_t, t, cond, graph=False)
+    assert torch.equal(whole.x0, score.x0) and torch.equal(logits, again)
+    assert whole.x0.requires_grad and again.requires_grad and not score.x0.requires_grad and torch.is_grad_enabled()
+    slopes = [torch.autograd.grad(found.sum(), x_t)[0] for found in (logits, again)]
+    assert torch.equal(*slopes) and slopes[0].abs().max() > 0
+
+
 def test_a_pass_leaves_no_hook_behind(family):
     roles, inputs, judge = players(family)
 
@@ -157,6 +169,19 @@ def test_heads_judge_latents_of_any_size(family, kind, size):
         assert logits.shape[1] == 1
 
 
+@pytest.mark.parametrize("head", [whole, averaged, tokenwise])
+@pytest.mark.parametrize("size", [(8, 8), (12, 12), (32, 32), (16, 24)])
+def test_heads_look_at_all_of_a_map_of_any_size(head, size):
+    """T22: a logit a map, or one a token, to which every place of the map adds; of several taps, side by side."""
+    heads = Forked([head(width) for width in (16, 80)])
+    maps = [torch.randn(2, width, *size, requires_grad=True) for width in (16, 80)]
+    logits = heads(maps)
+    assert logits.shape == (2, 2 * (size[0] * size[1] if head is tokenwise else 1)) and logits.isfinite().all()
+    assert ((logits[0] - logits[1]).unflatten(0, (2, -1)).abs().amax(1) > 1e-3).all()
+    for slope in torch.autograd.grad(logits.square().sum(), maps):
+        assert (slope.abs().amax(1) > 0).all()
+
+
 def test_a_token_has_a_logit_of_its_own(family):
     _, inputs, judge = players(family, "ladd")
     k = judge("teacher").logits(*inputs).shape[1]
@@ -199,7 +224,7 @@ def test_a_tap_that_is_not_there_is_refused_with_those_that_are():
 
 def test_an_error_inside_a_block_comes_out_as_itself():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 2))
-    with pytest.raises(RuntimeError), tapped({"a": net[1]}, stop=True):
+    with pytest.raises(RuntimeError), tapped({"a": net[1]}, "stop"):
         net(torch.zeros(1, 2))
     assert not net[1]._forward_hooks
 
@@ -226,6 +251,6 @@ def test_flux2s_image_is_what_its_last_layer_is_given():
     cond = Cond({"prompt": torch.randn(2, 5, 24), "guidance": torch.ones(2)})
     net.norm_out.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     taps = taps_of(net, ("single_transformer_blocks.0",))
-    with torch.no_grad(), tapped(taps.blocks, stop=False) as found:
+    with torch.no_grad(), tapped(taps.blocks) as found:
         known.call(net, x, T.float(), cond)
     assert torch.equal(taps.read(found, x, cond)[0].flatten(2).transpose(1, 2), given[0])

@@ -72,12 +72,13 @@ def test_the_normaliser_sends_no_gradient():
     assert x.grad is None and direction.grad is not None
 
 
-def test_the_normaliser_in_many_dimensions():
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction", "flow", "sample"])
+def test_the_normaliser_in_many_dimensions(target):
     """O2: E|x - real| at a=.8, sigma=.6, teacher N(.3, 1), student -.2 + .7 z is .456182."""
     n, level = 100_000, OneLevel(0.8, 0.6)
     x = -0.2 + 0.7 * torch.randn(1, n, dtype=torch.float64)
     t = times(0.5)
-    real = gaussian([0.3], [1.0], level, "epsilon")(level.add_noise(x, torch.randn_like(x), t), t, NOTHING).x0
+    real = gaussian([0.3], [1.0], level, target)(level.add_noise(x, torch.randn_like(x), t), t, NOTHING).x0
     scale = 1 / normalised(torch.ones_like(x), x, real)[0, 0].item()
     s, m = math.sqrt((0.7 * 0.36) ** 2 + 0.8**2 * 0.6**2), -0.5 * 0.36
     folded = s * math.sqrt(2 / math.pi) * math.exp(-(m**2) / (2 * s**2)) + m * math.erf(m / (s * math.sqrt(2)))

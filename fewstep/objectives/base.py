@@ -37,8 +37,9 @@ class Judge(Protocol):
     def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Logits (B, K) of "x_t is noised real data", float32; the network runs no further than its last tapped block."""
 
-    def both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
-        """The denoiser's own prediction and the logits, from one pass."""
+    def both(self, x_t: Tensor, t: Tensor, cond: Cond, *, graph: bool = True) -> tuple[Prediction, Tensor]:
+        """The denoiser's own prediction and the logits, from one pass. graph: whether the prediction has one; without, nothing is
+        kept of what lies beyond the tapped blocks."""
 
     def beside(self, points: Sequence[Point], origin: Point | None, cond: Cond) -> list[Tensor]:
         """Logits (B, K) of each of several points, seen beside the one they came from where heads see both; from one pass."""

@@ -44,10 +44,10 @@ class Overheard(Denoiser):
         graph = torch.is_grad_enabled()
         if otherwise or not (graph or x_t.requires_grad):  # a network asked otherwise, or about what nobody can change
             return super().__call__(x_t, t, cond, g=g, r=r)
-        with torch.enable_grad():  # whoever wants the score alone has none of it from here on; the logits' ends at their taps
-            prediction, logits = self.judge.both(x_t, t, cond)
+        with torch.enable_grad():
+            prediction, logits = self.judge.both(x_t, t, cond, graph=graph)
         self.views.append(View(x_t, t, logits))
-        return prediction if graph else prediction.detach()
+        return prediction
 
 
 def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses, View | None]:

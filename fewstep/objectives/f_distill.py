@@ -65,7 +65,7 @@ class FDistill(TwoTimeScale):
         """h x `dmd`'s direction (theorem 1), and weight x softplus(-D) at the same x_t."""
         assert nets.judge is not None
         x, x_t, t = self.noised(nets, batch, rng)
-        critic, logits = nets.judge.both(x_t, t, batch.cond)
+        critic, logits = nets.judge.both(x_t, t, batch.cond, graph=False)
         with torch.no_grad():
             real = nets.teacher(x_t, t, batch.cond).x0
             h = self.weights(logits, t, nets.everywhere)

@@ -113,7 +113,7 @@ def test_a_shared_view_has_the_logits_that_a_pass_of_its_own_would_give():
             shown.append((x_t, t, judge.logits(x_t, t, cond)))
             return shown[-1][2]
 
-        def both(self, x_t, t, cond):
+        def both(self, x_t, t, cond, graph=True):
             prediction, logits = judge.both(x_t, t, cond)
             shown.append((x_t, t, logits))
             return prediction, logits

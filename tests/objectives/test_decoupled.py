@@ -8,6 +8,7 @@ from toys import (
     NOTHING,
     SCHEDULES,
     Blind,
+    Counted,
     Gaussian,
     Linear,
     OneLevel,
@@ -132,6 +133,26 @@ def test_guidance_is_asked_only_at_times_cleaner_than_the_students():
         k = stream(seed, 0, 0, 0).shared.integer(2)
         assert guided.max() < (1000 * 0.3 if k else 1000 * 0.98) and matched.max() > 700
     asked(Decoupled(steps=1), (0.01,), 0)  # a student at the very end has a range, too
+
+
+@pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")])
+def test_each_term_has_a_time_and_a_noise_of_its_own(name, target):
+    """Section 3: two re-noisings of one sample, which have nothing else in common; the critic is asked where DM is."""
+    n, schedule, teacher, critic = 512, SCHEDULES[name], Counted(), Counted()
+    nets = nets_of(schedule, target, 0.1, 0.5)
+    for network, call in ((nets.teacher.denoiser, teacher), (nets.critic, critic)):
+        object.__setattr__(network, "call", call)
+    batch = Batch(law(MU, 1.0).expand(n), (n, 1))
+    x = Decoupled(steps=1).student_loss(nets, batch, Doubled(stream(0, 0, 0, 0))).sample.detach()
+    dm, ca = (schedule.t_of_model_time(time[:n].double()) for time in teacher.times)
+    levels = [[c[:, None] for c in schedule.alpha_sigma(t)] for t in (dm, ca)]
+    eps = [(x_t[:n] - a * x) / sig for x_t, (a, sig) in zip(teacher.inputs, levels, strict=True)]
+    for first, second, spread in ((dm, ca, 0.96 / 12**0.5), (eps[0][:, 0], eps[1][:, 0], 1)):
+        assert (first - second).abs().min() > 0
+        assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.15
+        assert [v.std().item() for v in (first, second)] == pytest.approx([spread] * 2, rel=0.1)
+    assert torch.equal(*teacher.inputs[1].split(n))  # with a prompt and without
+    assert torch.equal(critic.inputs[0], teacher.inputs[0]) and torch.equal(critic.times[0], teacher.times[0])
 
 
 def test_without_guidance_there_is_only_the_matching():

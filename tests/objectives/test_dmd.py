@@ -33,6 +33,8 @@ from fewstep.stream import stream
 
 FLAT = DMD(steps=1, floor=1e6)  # a normaliser at its floor is a constant: the direction is divided by 1e6, and by nothing else
 TARGETS = ["epsilon", "v_prediction", "flow", "sample"]
+targets = pytest.mark.parametrize("target", TARGETS)
+teachers = pytest.mark.parametrize("name, target", TEACHERS)
 
 # (alpha, sigma, teacher's mean and std, student's mean and std), d/dmean and d/dstd of distribution_matching.md O1
 ROWS = {
@@ -50,7 +52,7 @@ def play(a, sig, mu, s, m, r, target):
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("target", TARGETS)
+@targets
 def test_the_gradient_is_that_of_the_divergence(row, target):
     values, anchor = ROWS[row]
     found = play(*values, target)
@@ -67,7 +69,7 @@ def test_the_gradient_does_not_depend_on_what_the_networks_predict(row):
         assert other == pytest.approx(first, abs=1e-10)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@targets
 def test_the_gradient_vanishes_where_the_student_is_the_teacher(target):
     """T3."""
     assert play(0.8, 0.6, 0.3, 1.0, 0.3, 1.0, target) == pytest.approx([0, 0], abs=1e-9)
@@ -101,7 +103,7 @@ class Affine(nn.Module):
         return self.line[0] + self.line[1] * x
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@targets
 @pytest.mark.parametrize("a, sig, m, r", [(0.8, 0.6, -0.2, 0.7), (0.4, 0.6, -0.2, 1.3)])
 def test_the_best_critic_knows_the_students_law(a, sig, m, r, target):
     """T4: least squares over lines gives the closed forms, and the loss left over is the closed floor."""
@@ -134,32 +136,34 @@ def test_the_best_critic_knows_the_students_law(a, sig, m, r, target):
 # Guidance
 
 
-def guided_gradient(scale, conditional, unconditional, m, r):
+def guided_gradient(target, scale, conditional, unconditional, m, r):
     level, rng = OneLevel(0.8, 0.6), Quadrature(2)
-    network = denoiser(Gaussian([9.0], [9.0]), level, "epsilon")  # its own law is never used: the conditions say
-    student = denoiser(Linear(m, r), level, "epsilon")
-    critic = denoiser(Blind(Gaussian([m], [r**2])), level, "epsilon")
+    network = denoiser(Gaussian([9.0], [9.0]), level, target)  # its own law is never used: the conditions say
+    student = denoiser(Linear(m, r), level, target)
+    critic = denoiser(Blind(Gaussian([m], [r**2])), level, target)
     batch = Batch(law(*conditional).expand(len(rng)), (len(rng), 1))
     nets = game(student, Guided(network, scale, law(*unconditional)), critic)
     return [FLAT.floor * g for g in expected_gradient(FLAT, nets, rng, batch)]
 
 
-def test_guidance_moves_the_fixed_point_by_the_distance_of_the_means():
+@targets
+def test_guidance_moves_the_fixed_point_by_the_distance_of_the_means(target):
     """O3: m* = mu + (w - 1) (mu - mu_u), r* = s."""
     w, mu, mu_u = 3.0, 0.3, -0.1
     m = mu + (w - 1) * (mu - mu_u)
-    assert guided_gradient(w, (mu, 1.0), (mu_u, 1.0), m, 1.0) == pytest.approx([0, 0], abs=1e-9)
-    assert guided_gradient(w, (mu, 1.0), (mu_u, 1.0), mu, 1.0)[0] == pytest.approx(-(w - 1) * (mu - mu_u) * 0.36)
+    assert guided_gradient(target, w, (mu, 1.0), (mu_u, 1.0), m, 1.0) == pytest.approx([0, 0], abs=1e-9)
+    assert guided_gradient(target, w, (mu, 1.0), (mu_u, 1.0), mu, 1.0)[0] == pytest.approx(-(w - 1) * (mu - mu_u) * 0.36)
 
 
-def test_guidance_by_a_wider_law_costs_diversity():
+@targets
+def test_guidance_by_a_wider_law_costs_diversity(target):
     """O3, T29: gradient descent with the best critic ends at the law of p_c^w p_u^(1 - w) of that level."""
     w, mu, mu_u, s, s_u, a, sig = 2.0, 0.3, -0.1, 1.0, 1.4, 0.8, 0.6
     v_s, v_u = a**2 * s**2 + sig**2, a**2 * s_u**2 + sig**2
     p = w / v_s - (w - 1) / v_u
     m, r = mu, s
     for _ in range(150):
-        dm, dr = guided_gradient(w, (mu, s**2), (mu_u, s_u**2), m, r)
+        dm, dr = guided_gradient(target, w, (mu, s**2), (mu_u, s_u**2), m, r)
         m, r = m - 1.5 * dm, r - 1.5 * dr
     assert m == pytest.approx((w * mu / v_s - (w - 1) * mu_u / v_u) / p, abs=1e-5)
     assert r == pytest.approx(math.sqrt(1 / p - sig**2) / a, abs=1e-5)
@@ -196,12 +200,13 @@ def recorded(grid, name="sd", target="epsilon"):
 BATCH = Batch(NOTHING, (6, 2))
 
 
-def test_all_processes_simulate_to_the_same_step_and_every_step_comes_up():
+@teachers
+def test_all_processes_simulate_to_the_same_step_and_every_step_comes_up(name, target):
     steps = []
     for round_ in range(24):
         calls = set()
         for rank in range(3):
-            nets, seen = recorded(uniform_grid(4))
+            nets, seen = recorded(uniform_grid(4), name, target)
             simulate(nets, BATCH, stream(0, rank, round_, 5))
             calls.add(len(seen.inputs))
         assert len(calls) == 1
@@ -209,14 +214,17 @@ def test_all_processes_simulate_to_the_same_step_and_every_step_comes_up():
     assert set(steps) == {1, 2, 3, 4}
 
 
-def test_simulation_starts_from_pure_noise_and_only_its_last_call_has_a_graph():
+@teachers
+def test_simulation_starts_from_pure_noise_and_only_its_last_call_has_a_graph(name, target):
+    schedule = SCHEDULES[name]
+    told = [999, 749, 499, 249] if name == "sd" else schedule.model_time(times(1, 0.75, 0.5, 0.25)).float().tolist()
     for round_ in range(12):
-        nets, seen = recorded(uniform_grid(4))
+        nets, seen = recorded(uniform_grid(4), name, target)
         prediction = simulate(nets, BATCH, stream(0, 1, round_, 0))
-        assert torch.equal(seen.inputs[0], stream(0, 1, round_, 0).normal(BATCH.shape))
+        assert torch.equal(seen.inputs[0], schedule.prior(stream(0, 1, round_, 0).normal(BATCH.shape)))
         assert seen.with_graph == [False] * (len(seen.inputs) - 1) + [True]
         assert prediction.x0.requires_grad
-        assert [time[0].item() for time in seen.times] == [999, 749, 499, 249][: len(seen.inputs)]
+        assert [time[0].item() for time in seen.times] == told[: len(seen.inputs)]
 
 
 def test_a_one_step_student_is_asked_once_at_the_noise_end():
@@ -225,15 +233,16 @@ def test_a_one_step_student_is_asked_once_at_the_noise_end():
     assert [time.tolist() for time in seen.times] == [[999] * 6]
 
 
-def test_simulation_walks_as_the_student_is_deployed():
-    schedule = SCHEDULES["flow"]
+@teachers
+def test_simulation_walks_as_the_student_is_deployed(name, target):
+    schedule = SCHEDULES[name]
     for step in STEPS.values():
         seen = Counted()
-        student = denoiser(Gaussian([0.1, 0.2], [0.5, 0.7]), schedule, "flow", seen)
+        student = denoiser(Gaussian([0.1, 0.2], [0.5, 0.7]), schedule, target, seen)
         rng = next(stream(0, 0, i, 0) for i in range(99) if stream(0, 0, i, 0).shared.integer(2) == 1)
         simulate(game(student, None, grid=(1.0, 0.5), step=step), BATCH, Counting(rng))
         again = Counting(type(rng)(rng.key))
-        noise = again.normal(BATCH.shape)
+        noise = schedule.prior(again.normal(BATCH.shape))
         first = student(noise, torch.ones(6, dtype=torch.float64), NOTHING)
         torch.testing.assert_close(seen.inputs[1], step(schedule, first, times(*[0.5] * 6), again))
 
@@ -272,16 +281,19 @@ def test_the_students_sample_is_handed_on_with_its_graph():
     assert losses.terms["dm"].shape == (6,)
 
 
-@pytest.mark.parametrize("name, target", TEACHERS)
+@teachers
 def test_the_exact_student_is_at_rest_at_every_step(name, target):
     """T17: with the critic at the student's law, which is the teacher's, the gradient is zero wherever simulation stops."""
-    schedule = SCHEDULES[name]
+    schedule, asked, steps = SCHEDULES[name], Counted(), set()
     nets = game(
-        denoiser(Gaussian([0.3, -1.0], [0.5, 2.0], endpoint), schedule, target),
+        denoiser(Gaussian([0.3, -1.0], [0.5, 2.0], endpoint), schedule, target, asked),
         gaussian([0.3, -1.0], [0.5, 2.0], schedule, target),
         gaussian([0.3, -1.0], [0.5, 2.0], schedule, target),
         grid=uniform_grid(3),
     )
     for round_ in range(8):
+        asked.inputs.clear()
         DMD(steps=3).student_loss(nets, BATCH, stream(0, 0, round_, 0)).total.backward()
+        steps.add(len(asked.inputs))
+    assert steps == {1, 2, 3}
     assert all((p.grad == 0).all() for p in nets.student.net.parameters())

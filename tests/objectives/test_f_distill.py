@@ -35,6 +35,12 @@ every = pytest.mark.parametrize("divergence", DIVERGENCES)
 TARGETS = ["epsilon", "v_prediction", "flow"]
 MU, S, M, R = 0.3, 1.0, 0.1, 0.9  # close enough that no ratio reaches its bounds where there are samples
 
+# (alpha, sigma, student's mean and std), d/dmean and d/dstd of distribution_matching.md O5
+ROWS = {
+    "vp": ((0.8, 0.6, -0.2, 0.7), (-0.267221, -0.270141)),
+    "flow": ((0.4, 0.6, -0.2, 1.3), (-0.285533, 0.082906)),
+}
+
 
 @dataclass(frozen=True)
 class Knowing:
@@ -54,13 +60,42 @@ class Knowing:
         exact = log_density(MU, S) - log_density(*self.student)
         return torch.cat([exact - self.apart, exact + self.apart], 1)
 
-    def both(self, x_t, t, cond):
-        return self.critic(x_t, t, cond), self.logits(x_t, t, cond)
+    def both(self, x_t, t, cond, graph=True):
+        with torch.set_grad_enabled(graph):
+            prediction = self.critic(x_t, t, cond)
+        return prediction, self.logits(x_t, t, cond)
 
 
 def nets_of(level, target, m=M, r=R):
     players = denoiser(Linear(m, r), level, target), *(gaussian([x], [y**2], level, target) for x, y in ((MU, S), (m, r)))
     return replace(game(*players), judge=Knowing(level, (m, r), players[-1]))
+
+
+def ratios(nets, a, sig, m, r, rng):
+    """exp(mean logit) at the nodes (B,)."""
+    x_t = a * (m + r * rng.nodes[:, :1]) + sig * rng.nodes[:, 1:]
+    return nets.judge.logits(x_t, times(*[1.0] * len(rng)), NOTHING).mean(1).exp()
+
+
+def forward_kl(a, sig, m, r):
+    """O5: E_student[r (critic - teacher)] is E_teacher[critic - teacher], in which both are lines."""
+    v_s, v_r = a**2 * S**2 + sig**2, a**2 * r**2 + sig**2
+    k_s, k_r = a * S**2 / v_s, a * r**2 / v_r
+    return (m - MU) * sig**2 / v_r, a * r / v_r * ((k_r - k_s) * v_s - a * (m - MU) ** 2 * sig**2 / v_r)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_under_the_exact_ratio_kl_has_the_closed_gradient(row, target, monkeypatch):
+    """O5, without bounds; weights average 1 over nodes, ratios over the student's law."""
+    monkeypatch.setattr("fewstep.objectives.f_distill.relative", lambda logit, *_: logit.detach())
+    values, anchor = ROWS[row]
+    nets, rng = nets_of(OneLevel(*values[:2]), target, *values[2:]), Quadrature(2, num_nodes=40)
+    ratio = ratios(nets, *values, rng)
+    assert rng.mean(ratio).item() == pytest.approx(1, abs=1e-9)
+    found = [1e6 * ratio.mean().item() * g for g in expected_gradient(FDistill(divergence="kl", floor=1e6), nets, rng)]
+    assert found == pytest.approx(forward_kl(*values), rel=1e-7)
+    assert found == pytest.approx(anchor, abs=1e-6)
 
 
 @pytest.mark.parametrize("a, sig", [(0.8, 0.6), (0.4, 0.6)])
@@ -69,14 +104,9 @@ def test_kl_covers_what_the_student_misses(target, a, sig):
     """O5: forward KL under the exact ratio, whose average over the nodes is what the normalisation divides by."""
     level, rng = OneLevel(a, sig), Quadrature(2, num_nodes=24)
     objective, nets = FDistill(divergence="kl", floor=1e6), nets_of(level, target)
-    x_t = a * (M + R * rng.nodes[:, :1]) + sig * rng.nodes[:, 1:]
-    average = nets.judge.logits(x_t, times(*[1.0] * len(rng)), NOTHING).mean(1).exp().clamp(0.1, 20).mean()
+    average = ratios(nets, a, sig, M, R, rng).clamp(0.1, 20).mean()
     found = [1e6 * average.item() * g for g in expected_gradient(objective, nets, rng)]
-    v_s, v_r = a**2 * S**2 + sig**2, a**2 * R**2 + sig**2
-    k_s, k_r = a * S**2 / v_s, a * R**2 / v_r
-    dm = (M - MU) * sig**2 / v_r
-    dr = a * R / v_r * ((k_r - k_s) * v_s - a * (M - MU) ** 2 * sig**2 / v_r)
-    assert found == pytest.approx([dm, dr], rel=1e-5)
+    assert found == pytest.approx(forward_kl(a, sig, M, R), rel=1e-5)
 
 
 @every
@@ -88,11 +118,12 @@ def test_it_is_at_rest_where_the_student_is_the_teacher(divergence, target):
     assert expected_gradient(objective, nets_of(level, target, MU, S), Quadrature(2)) == pytest.approx([0, 0], abs=1e-9)
 
 
-def test_reverse_kl_is_dmd():
+@pytest.mark.parametrize("target", TARGETS)
+def test_reverse_kl_is_dmd(target):
     """T19, to the last bit, whatever the heads say."""
     level = OneLevel(0.8, 0.6)
-    own = expected_gradient(FDistill(divergence="rkl"), nets_of(level, "flow"), Quadrature(2))
-    assert own == expected_gradient(DMD(), nets_of(level, "flow"), Quadrature(2))
+    own = expected_gradient(FDistill(divergence="rkl"), nets_of(level, target), Quadrature(2))
+    assert own == expected_gradient(DMD(), nets_of(level, target), Quadrature(2))
 
 
 @every

@@ -6,6 +6,7 @@ from torch import nn
 from toys import (
     NOTHING,
     SCHEDULES,
+    Counted,
     Gaussian,
     Linear,
     Quadrature,
@@ -123,6 +124,25 @@ def test_a_phase_asks_no_expert_but_its_own_for_gradients(phase):
     objective.student_loss(phase, world.nets, world.batch(16), stream(0, 0, 0, 0)).total.backward()
     learnt = [[p.grad is not None for p in expert.parameters()] for expert in world.players["student"].experts]
     assert not any(learnt[1 - phase]) and any(learnt[phase])
+
+
+@pytest.mark.parametrize(("name", "target"), KINDS)
+@pytest.mark.parametrize("most", [10.0, 1.5])
+def test_close_above_the_end_of_the_phase_the_critic_learns_less(name, target, most):
+    """A sample weighs min(1, most std^2 / sigma_t^2), std^2 = sigma_t^2 - (alpha_t sigma_s / alpha_s)^2."""
+    schedule, s, n, seen = SCHEDULES[name], GRID[1], 256, Counted()
+    student, critic = denoiser(Linear(-0.3, 0.6), schedule, target), denoiser(Gaussian([0.2], [0.5]), schedule, target, seen)
+    nets = game(student, None, critic, grid=GRID, step=ddim)
+
+    def loss(most):
+        losses = PhasedDMD(steps=2, most=most).critic_loss(0, nets, Batch(NOTHING, (n, 1)), stream(0, 0, 0, 0))
+        return losses.terms["denoise"].detach().double()
+
+    found = loss(most) / loss(1e9)
+    (a_s, sig_s), (a_t, sig_t) = at(schedule, s), schedule.alpha_sigma(schedule.t_of_model_time(seen.times[0].double()))
+    wanted = (most * (1 - (a_t * sig_s / (a_s * sig_t)) ** 2)).clamp(max=1)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert 2 <= (wanted < 1).sum() < n and (seen.times[0] == seen.times[1]).all()
 
 
 @pytest.mark.parametrize(("name", "target"), KINDS)
