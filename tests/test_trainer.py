@@ -364,6 +364,7 @@ def setup(teacher, data, tmp_path, monkeypatch, request):
         options = {
             "dmd": {"steps": 2, "critic_turns": 1},
             "consistency": {"steps": 2, "solver_steps": 4},
+            "scm": {"steps": 2, "guidance": [1, 4]},
             "phased_dmd": {"steps": 2, "phase_rounds": 2, "critic_turns": 1},
             "adversarial": {"inner": {"name": "dmd", "steps": 2, "critic_turns": 1}, "r1": 0.1},
         }[objective]
@@ -392,7 +393,8 @@ def weights_of(run):
 
 
 @pytest.mark.parametrize(
-    ("objective", "weights"), [("dmd", "lora"), ("consistency", "full"), ("adversarial", "lora"), ("phased_dmd", "lora")]
+    ("objective", "weights"),
+    [("dmd", "lora"), ("consistency", "full"), ("adversarial", "lora"), ("phased_dmd", "lora"), ("scm", "full")],
 )
 def test_resume_is_bitwise(setup, tmp_path, objective, weights):
     """Of phased_dmd inside its second phase: the critic that started anew there goes on."""

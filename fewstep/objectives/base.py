@@ -47,7 +47,8 @@ class Judge(Protocol):
 @dataclass(frozen=True)
 class Nets:
     """The players as denoisers, and how the student will be deployed: its times and its step. average: the student with a moving
-    average of its weights, where `Needs.average` asks for one."""
+    average of its weights, where `Needs.average` asks for one. weighting: log-weights (B,) of losses at times (B,), which the
+    role of that name learns."""
 
     student: Denoiser
     teacher: Denoiser | Guided
@@ -56,6 +57,7 @@ class Nets:
     critic: Denoiser | None = None
     judge: Judge | None = None
     average: Denoiser | None = None
+    weighting: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
