@@ -32,6 +32,7 @@ from fewstep.stages import Stage, check_folder, find, stages_of, store
 from fewstep.storage import KEEPINGS
 from fewstep.stream import rows
 from fewstep.trainer import Job, fit, make_accelerator, runs_on_cpu
+from fewstep.weighting import weighting_role
 
 Part = str | Mapping[str, Any]  # the name that a part of a config turns on, or the whole part
 
@@ -77,7 +78,7 @@ class Study:
 
     def nets(self, modules: Mapping[str, nn.Module]) -> Nets:
         """The players as the objective sees them."""
-        critic = self.player(modules["critic"]) if "critic" in modules else None
+        critic, average = (self.player(modules[name]) if name in modules else None for name in ("critic", "average"))
         judge, heads = None, self.config.objective.needs.heads
         if "heads" in modules:
             taps, eyes = heads.taps_on(self.roles[heads.backbone].net), self.player(modules[heads.backbone])
@@ -86,8 +87,7 @@ class Study:
         if "tutor" in modules:  # guided already by what taught it, or fed its scale
             teacher = self.player(modules["tutor"])
             teacher = teacher if teacher.guidance is not None else Guided(teacher, 1.0, self.null.to(self.device))
-        average = self.player(modules["average"]) if "average" in modules else None
-        return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge, average)
+        return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge, average, modules.get("weighting"))
 
     def pairs(self) -> Pairs | None:
         """The teacher's samples that the objective learns from, where it does."""
@@ -144,7 +144,7 @@ def study_of(config: Config, teacher: Teacher) -> Study:
     )
     if (backend := ATTENTION[config.train.attention]) != "native":
         attend(built.values(), backend)
-    roles = gather(built, config.phases, family.call)
+    roles = gather(built, config.phases, family.call) | weighting_role(objective.needs.roles)
     if "heads" in objective.needs.roles:
         roles |= pixels_role(objective.needs.heads, partial(family.decode, teacher.pipe), getattr(teacher.pipe, "vae", None))
         roles["heads"] = heads_role(roles, objective.needs.heads, config.train.seed)

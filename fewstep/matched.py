@@ -8,8 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Cond, Denoiser, Prediction
-from fewstep.sampling import Predictor
+from fewstep.denoiser import Cond, Denoiser, Guided, Prediction
 from fewstep.schedules import NoiseSchedule, like
 
 
@@ -21,7 +20,7 @@ class Matched:
     affine in them). On TrigFlow, `Prediction.v` is sCM's F and `x0` is its f; on RectifiedFlow, `velocity` is the flow's field
     (SANA-Sprint, arXiv 2503.09641, section 3.1; Lee et al., arXiv 2405.20320, section 3.2). Differentiable in x and t."""
 
-    denoiser: Predictor
+    denoiser: Denoiser | Guided
     schedule: NoiseSchedule
 
     @cached_property
@@ -37,18 +36,19 @@ class Matched:
         alpha, sigma = self.denoiser.schedule.alpha_sigma(torch.full((1,), 1e-3, dtype=torch.float64))
         return float(self.schedule.t_of_ratio(sigma / alpha))
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, r: Tensor | None = None) -> Prediction:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, g: Tensor | None = None, r: Tensor | None = None) -> Prediction:
         """The prediction at x_t (B, C, *S) on this schedule and t (B,) in (0, highest].
 
-        r: the end of the jump (B,), also on this schedule, for a network that takes it; its sign is handed on."""
+        g: the guidance scale (B,), for a network that takes it or a guided one. r: the end of the jump (B,), also on this
+        schedule, for a network that takes it; its sign is handed on."""
         alpha, sigma = self.schedule.alpha_sigma(t)
         own, t_own = self.denoiser.schedule, self.own(t)
         x_own = like(_norm(*own.alpha_sigma(t_own)) / _norm(alpha, sigma), x_t) * x_t
         if r is None:
-            found = self.denoiser(x_own, t_own, cond)
+            found = self.denoiser(x_own, t_own, cond, g=g)
         else:
             assert isinstance(self.denoiser, Denoiser)
-            found = self.denoiser(x_own, t_own, cond, r=r.sign() * self.own(r.abs()))
+            found = self.denoiser(x_own, t_own, cond, g=g, r=r.sign() * self.own(r.abs()))
         return Prediction(found.x0, found.eps, like(alpha, found.x0), like(sigma, found.x0))
 
     def own(self, t: Tensor) -> Tensor:

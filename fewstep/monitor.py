@@ -138,7 +138,8 @@ class Monitor:
         self.log, self.meter, self.logged = Log(folder, active), Meter(), start
         before = self.log.forget_after(start)
         self.adviser = Adviser(before)
-        self.passes = Passes({name: net for name, net in networks.items() if name != "heads"})  # heads are fed features
+        no_denoisers = ("heads", "weighting")  # fed features, fed times
+        self.passes = Passes({name: net for name, net in networks.items() if name not in no_denoisers})
         spent = {clock: max((r.get(clock) or 0.0 for r in before), default=0.0) for clock in CLOCKS}
         self.began = {clock: now() - spent[clock] for clock, now in CLOCKS.items()}
         forget_peak()

@@ -290,7 +290,8 @@ def test_every_config_that_ships_parses_and_plans(file, request):
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": path, "size": size})})
     found = plan(config)
     assert found["settings"]["train"]["rounds"] == config.train.rounds
-    assert set(found["trained parameters"]) >= {"student"} and str(config.objective.steps) in found["grid (network times)"]
+    assert set(found["trained parameters"]) >= {"student", *config.objective.needs.roles}
+    assert str(config.objective.steps) in found["grid (network times)"]
 
 
 @pytest.mark.skipif(not RECIPES, reason="this checkout has no configs/")

@@ -114,6 +114,16 @@ def test_where_nothing_is_determined_the_denoiser_refuses(schedule, target, t):
     assert not asked.inputs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_at_the_clean_end_a_prediction_is_what_it_was_given(name, target, dtype):
+    """f(x, 0) = x to the bit, whatever the network says (consistency.md 11, point 2); one that predicts x0 is not asked there."""
+    x, clean = torch.randn(64, 3, 2, dtype=dtype), torch.zeros(64).double()
+    student = Denoiser(lambda x, t, cond: 0.1 * x, SCHEDULES[name], target, call)
+    assert torch.equal(student(x, clean, NOTHING).x0, x)
+
+
 # Guidance
 
 

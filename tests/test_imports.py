@@ -31,7 +31,7 @@ MAY_IMPORT = {
     #
     "sampling": DENOISER,
     "times": DENOISER,
-    "matched": DENOISER | {"sampling"},
+    "matched": DENOISER,
     "tangents": DENOISER,
     "taps": DENOISER,
     "heads": DENOISER | {"taps"},
@@ -76,6 +76,7 @@ MAY_IMPORT = {
     "zoo.teachers": DENOISER | PARTS | {"zoo", "families"},
     "zoo.build": DENOISER | PARTS | SIDE_DOORS | {"zoo", "zoo.teachers", "evaluation"},
     "pixels": {"denoiser", "evaluation", "heads", "networks"},
+    "weighting": {"embedders", "networks"},
     # where all is joined
     "plain": {"objectives", "hints"},
     "config": DENOISER | PARTS | {"objectives", "networks", "trainer", "plain", "embedders", "shapes"},
@@ -84,7 +85,7 @@ MAY_IMPORT = {
     | PARTS
     | SIDE_DOORS
     | LOOP
-    | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "plain", "preview", "stages", "slim"},
+    | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "plain", "preview", "stages", "slim", "weighting"},
     # what the commands do
     "plan": {"config", "weightless", "api"},
     "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "api"},

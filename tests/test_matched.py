@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, TEACHERS, Gaussian, gaussian
+from toys import NOTHING, SCHEDULES, TEACHERS, Gaussian, call, gaussian
 
-from fewstep.denoiser import Cond, Guided
+from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.matched import Matched
 from fewstep.sampling import ddim
 from fewstep.schedules import TrigFlow, like
@@ -74,6 +74,16 @@ def test_a_jump_is_the_same_in_every_parameterisation(name, target):
     straight, end, flow = s / (a + s), s_r / (a_r + s_r), Matched(network, SCHEDULES["flow"])
     velocity = flow(x / (a + s), straight.flatten(), NOTHING).velocity
     torch.testing.assert_close((a_r + s_r) * (x / (a + s) + (end - straight) * velocity), jumped, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_at_the_clean_end_the_match_gives_back_what_it_was_given(name, target, dtype):
+    """sCM's boundary, f(x, 0) = x, to the bit (consistency.md 11, point 2)."""
+    x, clean = torch.randn(N, 3, 2, dtype=dtype), torch.zeros(N).double()
+    student = Matched(Denoiser(lambda x, t, cond: 0.1 * x, SCHEDULES[name], target, call), TrigFlow())
+    assert torch.equal(student(x, clean, NOTHING).x0, x)
 
 
 def test_weights_are_reached_through_the_match():

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import save, tiny_sd_pipeline
 from torch import nn
+from toys import ring
 
 from fewstep import api, checkpoint
 from fewstep.config import load, parse
@@ -27,6 +28,7 @@ from fewstep.denoiser import Cond
 from fewstep.monitor import Log, Meter
 from fewstep.networks import Role
 from fewstep.objectives import Losses, Needs, Objective, Turn
+from fewstep.objectives.scm import SCM
 from fewstep.trainer import Diverged, Job, Player, Settings, fit, make_accelerator
 
 ROOT = Path(__file__).parents[1]
@@ -216,6 +218,29 @@ def test_the_moments_and_the_count_survive_a_resume(tmp_path):
     (files, state), (others, theirs) = (checkpoint.load(tmp_path / n / "checkpoints/step-0000006") for n in ("whole", "parts"))
     assert state == theirs and all(same(files[name], others[name]) for name in files)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_log_weights_of_levels_are_learned_saved_and_go_on_bitwise(tmp_path):
+    def trained(folder, rounds, **options):
+        torch.manual_seed(0)
+        objective = SCM(guidance=(1.0, 4.0), noise_share=0.3)
+        world, rows = ring(objective), Cond({"word": torch.zeros(8, 1)})
+        source = Source(rows, rows[:1], world.truth.draw(8).float(), ["a"] * 8, (2,))
+        roles = {name: Role(name, net, owns=True, dtype=torch.float32) for name, net in world.players.items()}
+
+        def nets(modules):
+            student = replace(world.nets.student, net=modules["student"])
+            return replace(world.nets, student=student, weighting=modules["weighting"])
+
+        return checkpoint.load(
+            fit(Job(objective, roles, nets, source, replace(SETTINGS, rounds=rounds), tmp_path / folder), **options)
+        )
+
+    (files, state), (early, _) = trained("whole", 4), trained("parts", 2)
+    others, theirs = trained("parts", 4, resume=True)
+    assert state == theirs and all(same(files[name], others[name]) for name in files)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert not any(same(files[name], early[name]) for name in ("weighting", "optimizer-weighting", "student"))
 
 
 def test_a_checkpoint_of_other_roles_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from fewstep.sampling import STEPS, Step, renoise, sample, uniform_grid
 from fewstep.schedules import EDM, DiscreteVP, NoiseSchedule, RectifiedFlow, TrigFlow, like
 from fewstep.stream import stream
 from fewstep.taps import Taps
+from fewstep.weighting import Weighting
 
 NOTHING = Cond({})
 
@@ -322,7 +323,7 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     players = {
         name: Learner(base, 2, inputs=takes.get(name, ())).to(dtype or torch.float32)
         for name in ("student", *needs.roles)
-        if name != "heads"
+        if name not in ("heads", "weighting")
     }
     roles = {name: Denoiser(net, schedule, "flow", call, dtype) for name, net in players.items()}
     if (phases := objective.needs.phases) > 1:
@@ -332,6 +333,8 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     scale, ends = 1.0 if "guidance_scale" in needs.inputs else None, grid if "end_time" in needs.inputs else ()
     roles["student"] = replace(roles["student"], guidance=scale, grid=ends)
     teacher = Denoiser(base, schedule, "flow", call)
+    if "weighting" in needs.roles:
+        roles["weighting"] = players["weighting"] = Weighting()
     if "heads" in objective.needs.roles:
         learns = heads.backbone == "critic"
         block, width = (players["critic"].mlp[3], 64) if learns else (base.clean, 2)

@@ -48,8 +48,9 @@ class Judge(Protocol):
 @dataclass(frozen=True)
 class Nets:
     """The players as denoisers, and how the student will be deployed: its times and its step. average: the student with a moving
-    average of its weights, where `Needs.average` asks for one. everywhere: the mean of a tensor over all processes, which hold
-    as many samples each; without a graph."""
+    average of its weights, where `Needs.average` asks for one. weighting: log-weights (B,) of losses at times (B,), which the
+    role of that name learns. everywhere: the mean of a tensor over all processes, which hold as many samples each; without a
+    graph."""
 
     student: Denoiser
     teacher: Denoiser | Guided
@@ -58,6 +59,7 @@ class Nets:
     critic: Denoiser | None = None
     judge: Judge | None = None
     average: Denoiser | None = None
+    weighting: Callable[[Tensor], Tensor] | None = None
     everywhere: Callable[[Tensor], Tensor] = Tensor.detach
 
 

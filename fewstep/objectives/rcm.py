@@ -32,8 +32,8 @@ class RCM(Objective):
     times at which samples are noised again, for scores and in rollouts (0, 1.6). score_weight: lambda, 0.01. rollout_steps: most
     steps of the rollout that a sample comes from, at random times. critic_turns: critic updates a student update (4 or 9).
     warmup: rounds of consistency alone, its tangent let in slowly (the authors find it dispensable). floor, derivative: see scm.
-    Images (latents) are needed. Deviations: the tangent's warm-up is sCM's, which is the same once it is over; what is not finite
-    is the trainer's to skip, not masked here; a rollout's length is drawn, not cycled through.
+    Images (latents) are needed. Deviations: the tangent's warm-up is sCM's, which is the same once it is over; a batch without
+    a finite tangent is not masked, but the trainer's to skip; a rollout's length is drawn, not cycled through.
     """
 
     steps: int = 2

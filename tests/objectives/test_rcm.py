@@ -49,7 +49,7 @@ def rng(length=0):
 def test_without_scores_it_is_scm(name, target):
     student, teacher, given = denoiser(Gaussian([0.3, 0.1], [0.5, 0.6]), SCHEDULES[name], target), exact(name, target), batch()
     nets = game(student, teacher, teacher)
-    alone = SCM(mean=-0.8, std=1.6).student_loss(nets, given, stream(0, 0, 0, 0)).total
+    alone = SCM(mean=-0.8, std=1.6, weighting="none").student_loss(nets, given, stream(0, 0, 0, 0)).total
     both = RCM(score_weight=0.0).student_loss(nets, given, rng()).total
     parameters = list(student.net.parameters())
     for a, b in zip(*(torch.autograd.grad(v, parameters) for v in (alone, both))):
@@ -126,6 +126,27 @@ def test_warm_up_is_consistency_alone():
         ["critic", "critic", "student"],
     ]
     assert [objective.round(step)[0].loss.keywords["warm"] for step in (0, 3)] == [0.25, 1.0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_tangent_that_is_not_finite_pushes_nobody(bad):
+    """The others' gradient is what it was; the whole turn was lost before."""
+    student, given = denoiser(Gaussian([0.3, 0.1], [0.5, 0.6]), SCHEDULES["sd"], "epsilon"), batch()
+
+    def poisoned(net, x, time, cond):
+        return net(x, time, cond) + torch.where(torch.arange(N) == 5, bad, 0.0)[:, None]
+
+    teachers = exact("sd", "epsilon"), denoiser(exact("sd", "epsilon").net.clean, SCHEDULES["sd"], "epsilon", poisoned)
+    whole, masked = (RCM().consistency(game(student, teacher), given, rng()) for teacher in teachers)
+    others = torch.arange(N) != 5
+    assert torch.equal(masked.terms["scm"][others], whole.terms["scm"][others]) and masked.terms["scm"][5] == 0
+    found, expected = (
+        torch.autograd.grad(term.sum(), list(student.net.parameters()))
+        for term in (masked.terms["scm"], whole.terms["scm"][others])
+    )
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+    assert masked.stats["masked"] == 1 and all(value.isfinite() for value in masked.stats.values())
 
 
 def test_a_rollout_has_a_step():

@@ -1,11 +1,13 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, TEACHERS, Gaussian, denoiser, endpoint, game, gaussian
+from jumping import jumper
+from toys import NOTHING, SCHEDULES, TEACHERS, Exact, Gaussian, call, denoiser, endpoint, game, gaussian
 
-from fewstep.denoiser import Cond, Guided
-from fewstep.losses import unit
+from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.losses import flat_mean, unit
 from fewstep.matched import Matched
 from fewstep.objectives import Batch
 from fewstep.objectives.scm import ANGLE, SCM, TRIG, tangent, times
@@ -14,6 +16,7 @@ from fewstep.schedules import like
 from fewstep.stream import stream
 from fewstep.tangents import DERIVATIVES, jvp
 from fewstep.times import LogNormal
+from fewstep.weighting import Weighting
 
 MEAN, VAR = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
 teachers = pytest.mark.parametrize("name, target", TEACHERS)
@@ -112,7 +115,7 @@ def test_warm_up_lets_the_second_half_in_over_rounds():
 @teachers
 def test_the_student_is_pushed_along_the_normalised_tangent_and_nobody_else_is(name, target):
     student, teacher, given = student_of(name, target, MEAN + 0.3), exact(name, target), clean()
-    objective, batch = SCM(floor=0.2, mean=0.0, std=0.5), Batch(NOTHING, (N, 2), given)
+    objective, batch = SCM(floor=0.2, mean=0.0, std=0.5, weighting="none"), Batch(NOTHING, (N, 2), given)
     losses = objective.student_loss(game(student, teacher), batch, stream(3, 0, 0, 0), 0.5)
     rng, f = stream(3, 0, 0, 0), Matched(student, TRIG)
     t = times(LogNormal(0.0, 0.5), N, rng, f)
@@ -132,7 +135,7 @@ def test_the_student_is_pushed_along_the_normalised_tangent_and_nobody_else_is(n
 def test_a_share_of_samples_at_the_noise_end_is_judged_but_not_pushed():
     student, teacher = student_of("flow", "flow", MEAN + 0.3), exact("flow", "flow")
     batch = Batch(NOTHING, (N, 2), clean())
-    losses = SCM(noise_share=0.5).student_loss(game(student, teacher), batch, stream(0, 0, 0, 0))
+    losses = SCM(noise_share=0.5, weighting="none").student_loss(game(student, teacher), batch, stream(0, 0, 0, 0))
     resting = losses.terms["scm"] < 1e-12
     assert 0.35 < resting.double().mean() < 0.65
     assert losses.sample is not None and (losses.sample[resting].std(0) > 0.1).all()
@@ -146,3 +149,153 @@ def test_times_stay_where_the_student_was_trained():
     time = SCHEDULES["sd"].model_time(SCHEDULES["sd"].t_of_ratio((t * ANGLE).tan()))
     assert time.min() == pytest.approx(0, abs=1e-6) and time.max() == pytest.approx(999, abs=1e-4)
     assert math.isclose(float(t.max()), f.highest)
+
+
+@teachers
+def test_the_tangent_of_a_jump_to_any_end_vanishes_at_the_exact_flow_map(name, target):
+    """The tangent of CTM on TrigFlow, -cos(t - s) (F - dx/dt) - sin(t - s) (x + dF/dt) in angles: the derivative along the
+    teacher's trajectory of where the jump from t to s lands (consistency.md 11, point 4)."""
+    x, teacher = torch.randn(N, 2, dtype=torch.float64), Matched(exact(name, target), TRIG)
+    t = 0.2 + (teacher.highest - 0.2) * torch.rand(N, dtype=torch.float64)
+    s = t * (0.1 + 0.8 * torch.rand(N, dtype=torch.float64))
+    cos, sin = ((f((t - s) * ANGLE))[:, None] for f in (torch.cos, torch.sin))
+
+    def largest(mean):
+        student = Matched(jumper(name, target, mean), TRIG)
+        with torch.no_grad():
+            velocity = teacher(x, t, NOTHING).v
+            along = velocity, torch.full_like(t, 1 / ANGLE)
+            f, slope = torch.func.jvp(lambda x, t: student(x, t, NOTHING, r=s).v, (x, t), along)
+        return float((-cos * (f - velocity) - sin * (x + slope)).abs().max())
+
+    assert largest(MEAN) < 1e-7 and largest(MEAN + 0.3) > 0.05
+
+
+# What is fed: guidance.
+
+
+@pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")])
+def test_one_network_that_is_fed_the_scale_is_at_rest_at_every_scale(name, target):
+    """SANA-Sprint: at scale g the guided Gaussian's mean is null + g (mean - null)."""
+    mean, null, seen = (lambda m: Cond({"mean": m})), MEAN + 0.3, []
+    network = Exact(Gaussian([0.0, 0.0], VAR.tolist(), endpoint), SCHEDULES[name], target)
+
+    def fed(x, time, cond, guidance_scale):
+        seen.append(guidance_scale)
+        return network(x, time, mean(null + guidance_scale[:, None] * (cond.tensors["mean"] - null)))
+
+    objective = SCM(guidance=(1.0, 6.0), weighting="none")
+    teacher = Guided(gaussian([0.0, 0.0], VAR.tolist(), SCHEDULES[name], target), 99.0, mean(null[None]))
+    batch = Batch(mean(MEAN.expand(N, 2)), (N, 2), clean())
+
+    def loss(net):
+        nets = game(Denoiser(net, SCHEDULES[name], target, call), teacher)
+        return objective.student_loss(nets, batch, stream(0, 0, 0, 0)).terms["scm"]
+
+    assert objective.needs.inputs == ("guidance_scale",) and SCM().needs.inputs == ()
+    assert loss(fed).max() < 1e-12
+    assert seen[0].min() < 1.2 and seen[0].max() > 5.8 and all(torch.equal(seen[0], again) for again in seen)
+    assert loss(lambda *given, guidance_scale: fed(*given, torch.full_like(guidance_scale, 3.5))).mean() > 0.01
+
+
+def test_a_range_of_scales_that_falls_is_refused():
+    with pytest.raises(ValueError, match=r"a range of scales, \[lowest, highest\], not \[6.0, 2.0\]"):
+        SCM(guidance=(6.0, 2.0))
+
+
+# What is masked: tangents that are not finite.
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_no_push_and_the_others_are_what_they_were(bad):
+    student, teacher = student_of("sd", "epsilon", MEAN + 0.3), exact("sd", "epsilon")
+    others = torch.arange(N) != 7
+
+    def poisoned(*given):
+        value, slope = jvp(*given)
+        return value, torch.where(others[:, None], slope, bad)
+
+    torch.manual_seed(0)
+    t = times(LogNormal(-0.3, 1.4), N, stream(0, 0, 0, 0), Matched(student, TRIG))
+    x_t, nets = TRIG.add_noise(clean(), torch.randn(N, 2, dtype=torch.float64), t), game(student, teacher)
+    (whole, _), (g, stats) = (tangent(nets, Batch(NOTHING, (N, 2)), x_t, t, 1.0, d) for d in (jvp, poisoned))
+    assert torch.equal(g[others], whole[others]) and (g[7] == 0).all()
+    assert stats["masked"] == 1
+    torch.testing.assert_close(stats["tangent"], flat_mean(whole[others].square()).sqrt().mean())
+
+
+def test_where_nothing_is_finite_nothing_is_hidden():
+    """Such a turn is the trainer's to skip, and a run of them its to stop."""
+    student, teacher = student_of("sd", "epsilon"), exact("sd", "epsilon")
+    nets = replace(game(student, teacher), weighting=Weighting())
+    losses = SCM().student_loss(nets, Batch(NOTHING, (N, 2), clean() * float("nan")), stream(0, 0, 0, 0))
+    assert losses.terms["scm"].isnan().all() and losses.stats["masked"] == 0
+
+
+# What is learned along the way: weights of the levels.
+
+
+def weighed(student, teacher, w, **options):
+    """The losses of one turn under log-weights w(t)."""
+    torch.manual_seed(0)
+    nets = replace(game(student, teacher), weighting=w)
+    return SCM(**options).student_loss(nets, Batch(NOTHING, (N, 2), clean()), stream(0, 0, 0, 0))
+
+
+def test_each_samples_gradient_is_weighted_by_its_level():
+    student, teacher = student_of("flow", "flow", MEAN + 0.3), exact("flow", "flow")
+    asked = []
+    plain = weighed(student, teacher, None, weighting="none").terms["scm"]
+    losses = weighed(student, teacher, lambda t: asked.append(t) or 3 * t.float() - 1)
+    factor = (3 * asked[0].float() - 1).exp()
+    assert factor.min() < 0.5 and factor.max() > 4
+    parameters = list(student.net.parameters())
+    (a, b) = (torch.autograd.grad(v, parameters) for v in (losses.total, (factor * plain).mean()))
+    for found, expected in zip(a, b):
+        torch.testing.assert_close(found, expected)
+    assert SCM().round(0)[0].movers == ("student", "weighting") and SCM(weighting="none").round(0)[0].movers == ("student",)
+
+
+def test_a_log_weight_is_at_rest_at_minus_the_log_of_the_mean_square():
+    student, teacher = student_of("flow", "flow", MEAN + 0.3), exact("flow", "flow")
+    square = 2 * weighed(student, teacher, None, weighting="none").terms["scm"].detach()  # the loss is half of it
+
+    def slope(value):
+        w = torch.tensor(value, requires_grad=True)
+        return float(torch.autograd.grad(weighed(student, teacher, lambda t: w.expand(len(t))).total, w)[0])
+
+    best = -float(square.mean().log())
+    assert abs(slope(best)) < 1e-6 and slope(best - 1) < -0.1 < 0.1 < slope(best + 1)
+
+
+def test_nothing_is_weighed_where_nothing_pushes():
+    student, teacher = student_of("flow", "flow", MEAN + 0.3), exact("flow", "flow")
+    w = torch.ones(N, requires_grad=True)
+    losses = weighed(student, teacher, lambda t: w, noise_share=0.5)
+    (slope,) = torch.autograd.grad(losses.total, w)
+    resting = losses.terms["weighting"] == 0
+    assert 0.35 < resting.double().mean() < 0.65
+    assert (slope[resting] == 0).all() and (slope[~resting] != 0).all()
+
+
+def test_log_weights_are_learned_under_which_every_level_loses_alike():
+    student, teacher, w = student_of("flow", "flow", MEAN + 0.3), exact("flow", "flow"), Weighting()
+    student.net.requires_grad_(False)
+    nets, optimizer = replace(game(student, teacher), weighting=w), torch.optim.Adam(w.parameters(), lr=3e-3)
+    objective = SCM(mean=0.0, std=1.5, noise_share=0.3)
+    assert (w(torch.rand(5)) == 0).all()
+    for k in range(40):
+        objective.student_loss(nets, Batch(NOTHING, (N, 2), clean()), stream(0, 0, k, 0)).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def levels(ratio):
+        """(w(t), -log E[L | t])"""
+        t = torch.full((N,), math.atan(ratio) / ANGLE, dtype=torch.float64)
+        x_t = TRIG.add_noise(clean(), torch.randn(N, 2, dtype=torch.float64), t)
+        g = unit(tangent(nets, Batch(NOTHING, (N, 2)), x_t, t, 1.0, jvp)[0], objective.floor)
+        return float(w(t[:1]).detach()), -float(g.square().mean().log())
+
+    found, best = zip(*(levels(ratio) for ratio in (0.1, 0.5, 2.0, 8.0)), strict=True)
+    assert max(best) - min(best) > 1
+    assert found == pytest.approx(best, abs=0.5)
