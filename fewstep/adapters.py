@@ -172,7 +172,7 @@ class Teacher:
         """The times t at which the deployed pipeline evaluates the network in `steps` steps: read from it, never typed."""
         kind = type(self.pipe) if self.family.deployed is None else getattr(diffusers, self.family.deployed)
         vae = getattr(self.pipe, "vae", None)
-        times = seen_times(kind, self.family, self.net, vae, self.scheduler(sampler), steps, self.setting)
+        times = seen_times(kind, self.family, self.net, vae, self.scheduler(sampler), steps, self.setting, sampler)
         return falling(self.schedule, times, steps)
 
 

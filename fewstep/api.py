@@ -22,8 +22,9 @@ from fewstep.experts import PhasedExperts, along
 from fewstep.heads import Discriminator
 from fewstep.networks import Role, attend, build, gather, heads_role, set_weights
 from fewstep.objectives import Nets
+from fewstep.objectives.samplers import deployed_sampler
 from fewstep.pixels import looking, pixels_role
-from fewstep.plain import stepped
+from fewstep.plain import name_of, stepped
 from fewstep.preview import Preview
 from fewstep.progress import track
 from fewstep.sampling import STEPS, Predictor, sample
@@ -153,7 +154,7 @@ def study_of(config: Config, teacher: Teacher) -> Study:
 
 def _deployed(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]:
     """(sampler, grid) of the student. Raises ValueError where no stock pipeline would step so."""
-    sampler = config.objective.sampler or next(iter(teacher.family.samplers))
+    sampler = deployed_sampler(name_of(config.objective), config.objective, teacher.family.samplers)
     return sampler, teacher.deployed_grid(config.objective.steps, sampler)
 
 
@@ -263,10 +264,7 @@ class Run:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
         from fewstep.export import export
 
-        record: dict[str, Any] = {
-            "config": self.config.model_dump(mode="json"),
-            "round": int(self.place.name.split("-")[1]),
-        }
+        record: dict[str, Any] = {"config": self.config.model_dump(mode="json"), "round": int(self.place.name.split("-")[1])}
         results = self.folder / "results.json"
         if results.exists():
             record["results"] = json.loads(results.read_text())

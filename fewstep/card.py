@@ -118,6 +118,10 @@ def _hints(facts: dict[str, Any]) -> str:
         lines.append(f"`{scale}` is an input of the network: the student was trained with this very value.")
     elif scale:
         lines.append(f"`{scale}` is no guidance: the student was trained to need none.")
+    if "sigmas" in facts["call"]:
+        lines.append("`sigmas` are 1 - i / n for i from 0 in n steps; without them the scheduler would waste the last one.")
+    if facts["sampler"] == "renoise" and facts["steps"] > 1:
+        lines.append("Noise is drawn between steps, too: seed it as above, since some pipelines hand on no other generator.")
     if "experts" in facts:
         begins = ", ".join(f"{time:.6g}" for time in facts["experts"]["switches"])
         number = len(facts["experts"]["files"])

@@ -72,7 +72,9 @@ class _Recorder(_Stand):
         return Transformer2DModelOutput(sample=torch.zeros_like(torch.cat([x, x], 1) if learned else x))
 
 
-def seen_times(pipeline: Any, family: Family, net: Any, vae: Any, scheduler: Any, steps: int, setting: Setting) -> list[float]:
+def seen_times(
+    pipeline: Any, family: Family, net: Any, vae: Any, scheduler: Any, steps: int, setting: Setting, sampler: str
+) -> list[float]:
     """The times the network is fed in `steps` steps of a pipeline class. Of `net` and `vae` no weights are read: both may lie on
     the meta device."""
     takes = inspect.signature(pipeline.__init__).parameters
@@ -87,6 +89,7 @@ def seen_times(pipeline: Any, family: Family, net: Any, vae: Any, scheduler: Any
         "num_inference_steps": steps,
         "output_type": "latent",
         **family.arguments(setting),
+        **family.spacing(sampler, steps),
         **family.no_words(net_config(net)),
     }
     with torch.no_grad():

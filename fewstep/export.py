@@ -8,7 +8,7 @@ import inspect
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def _facts(
     record: dict[str, Any],
 ) -> dict[str, Any]:
     family = teacher.family
-    call = {"num_inference_steps": steps, **teacher.call(1.0 if scale is None else scale)}
+    call = {"num_inference_steps": steps, **teacher.call(1.0 if scale is None else scale), **family.spacing(sampler, steps)}
     folder = teacher_folder(teacher.path)
     index = folder / "model_index.json" if folder else None
     path = teacher.path if folder is None or teacher.path.startswith("zoo:") else str(folder.resolve())
@@ -208,13 +208,15 @@ def _git_hash() -> str | None:
 
 
 class _Draws:
-    """A step's noise as the stock schedulers draw it: one randn of the sample's shape a step, from the call's generator."""
+    """A step's noise as the stock schedulers draw it: one randn of what they step, a step, from the call's generator."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def __init__(self, generator: torch.Generator, walked: Callable[[Tensor], Tensor]) -> None:
+        self.generator, self.walked = generator, walked
 
     def normal_like(self, x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        places = self.walked(torch.arange(x.numel()).reshape(x.shape))
+        noise = torch.randn(places.shape, generator=self.generator, dtype=x.dtype)
+        return torch.empty_like(x).flatten().scatter(0, places.flatten(), noise.flatten()).reshape(x.shape)
 
 
 @torch.no_grad()
@@ -232,7 +234,7 @@ def _write_reference(teacher: Teacher, denoiser: Denoiser, sampler: str, times: 
         generator = torch.Generator().manual_seed(SEED)
         if not given:
             noise = torch.randn(shape, generator=generator)
-        rng: Any = _Draws(generator)
+        rng: Any = _Draws(generator, teacher.family.walked or teacher.family.pack)
         x = sample(denoiser, noise, grid, cond, step=STEPS[sampler], rng=rng)
         tensors[f"images_{n}"] = teacher.decode(x)[..., ::stride, ::stride].contiguous()
     tensors["latents"] = teacher.family.pack(noise).contiguous()

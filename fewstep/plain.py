@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fewstep.hints import hint
 from fewstep.objectives import Objective, objectives
+from fewstep.objectives.samplers import check_sampler
 
 
 def made(tree: Mapping[str, Any]) -> Objective:
@@ -22,9 +23,11 @@ def made(tree: Mapping[str, Any]) -> Objective:
         except ValueError as error:
             raise ValueError(f"inner: {error}") from error
     try:
-        return TypeAdapter(objectives()[tree["name"]]).validate_python(values)
+        found: Objective = TypeAdapter(objectives()[tree["name"]]).validate_python(values)
     except ValidationError as error:  # nested, its message would be a paragraph
         raise ValueError(first_fault(error)) from error
+    check_sampler(tree["name"], found)
+    return found
 
 
 def told(objective: Objective) -> dict[str, Any]:

@@ -55,7 +55,10 @@ def main() -> None:
     facts = json.loads((args.export / "fewstep.json").read_text())
     pipe = load(args.export, args.base)
     call = facts["call"] | ({"num_inference_steps": args.steps} if args.steps else {})
-    pictures = pipe(prompt=args.prompt, generator=torch.Generator().manual_seed(args.seed), **call).images
+    if "sigmas" in call:
+        call["sigmas"] = [1 - i / call["num_inference_steps"] for i in range(call["num_inference_steps"])]
+    # Torch's own generator: some pipelines hand their scheduler none, and it draws from that one.
+    pictures = pipe(prompt=args.prompt, generator=torch.manual_seed(args.seed), **call).images
     args.out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         picture.save(args.out / f"{i:03d}.png")

@@ -25,6 +25,8 @@ EMBEDDED = ("flux", "flux2")  # one pass: the guidance that is fed has a test of
 UNLED = ("dit", "ddpm")  # pipelines that draw their latents themselves
 FROM_WORDS = [name for name in MAKERS if name not in UNLED]
 GUIDED = [(name, g) for name in FROM_WORDS for g in (1.0, 4.0) if g == 1 or name not in EMBEDDED]
+HANDED_ON = ("sd", "sd21", "sdxl", "pixart", "sana")  # pipelines that hand their scheduler the call's generator
+NOISED = (*HANDED_ON, "sd3", "flux", "flux2", "klein", "qwen", "zimage", "lumina2", "ltx")
 WORDS = ["a red circle", "a small blue square left of a star"]
 
 
@@ -71,13 +73,17 @@ class Times:
 
 
 class Draws:
-    """A step's noise as the stock schedulers draw it."""
+    """A step's noise as the stock schedulers draw it: in the layout of the latents that a pipeline shows."""
 
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed, teacher, shown):
+        self.generator, self.teacher, self.shown = torch.Generator().manual_seed(seed), teacher, shown
 
     def normal_like(self, x):
-        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        noise = torch.randn(self.shown.shape, generator=self.generator, dtype=x.dtype)
+        places = seen(self.teacher, torch.arange(x.numel()).reshape(x.shape), self.shown)
+        found = torch.empty(x.numel(), dtype=x.dtype)
+        found[places.flatten()] = noise.flatten()
+        return found.reshape(x.shape)
 
 
 def ours(teacher, noise, times, sampler="ddim", guidance=1.0, rng=None, words=WORDS, made_at=None):
@@ -100,7 +106,7 @@ def deployed(teacher, sampler):
 def stock(teacher, noise, steps, sampler="ddim", guidance=1.0, seed=0):
     """The same of the pipeline that will be deployed, with nothing of ours in it but the scheduler's config.
 
-    noise: None leaves it to the pipeline's own generator."""
+    noise: None leaves it to the pipeline's own generator; seed: None leaves the generator away, too."""
     latents = []
 
     def collect(pipe, index, time, values):
@@ -121,7 +127,8 @@ def stock(teacher, noise, steps, sampler="ddim", guidance=1.0, seed=0):
             num_inference_steps=steps,
             **call,
             latents=None if noise is None else teacher.family.pack(noise).clone(),
-            generator=torch.Generator().manual_seed(seed),
+            **teacher.family.spacing(sampler, steps),
+            generator=None if seed is None else torch.Generator().manual_seed(seed),
             output_type="latent",
         )
     return latents, seen
@@ -176,16 +183,26 @@ def test_one_seed_gives_one_picture_here_and_in_the_stock_pipeline(teachers, nam
     torch.testing.assert_close(seen(teacher, found[-1], last), last, rtol=1e-5, atol=1e-5 * max(1.0, float(last.abs().max())))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_renoise_is_the_lcm_schedulers_walk(teachers, steps):
-    teacher = teachers["sd"]
+@pytest.mark.parametrize(("name", "steps"), [("sd", 1), ("sd", 2), ("zimage", 1), *((name, 4) for name in NOISED)])
+def test_renoise_is_the_lcm_schedulers_walk(teachers, name, steps):
+    """One seed gives one picture: the call's generator's where the pipeline hands it on, else that of torch itself."""
+    teacher = teachers[name]
     noise = torch.randn(2, *teacher.latent_shape)
-    theirs, fed = stock(teacher, noise, steps, "renoise", seed=3)
-    found, times = ours(teacher, noise, teacher.grid(steps, "renoise"), "renoise", rng=Draws(3))
+    torch.manual_seed(3)
+    theirs, fed = stock(teacher, noise, steps, "renoise", seed=3 if name in HANDED_ON else None)
+    found, times = ours(teacher, noise, teacher.grid(steps, "renoise"), "renoise", rng=Draws(3, teacher, theirs[0]))
     # LCMScheduler's c_skip and c_out are off the boundary's 0 and 1 by up to 1e-5 of x_t at the smallest deployed time.
     for a, b in zip(found, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert times == fed
+        torch.testing.assert_close(seen(teacher, a, b), b, rtol=1e-4, atol=1e-4)
+    assert times == pytest.approx(fed, rel=1e-6, abs=1e-6)
+
+
+def test_families_put_noise_back_where_their_pipelines_can(teachers):
+    offered = {name: list(teachers[name].family.samplers) for name in MAKERS}
+    first = {name for name in MAKERS if offered[name] == ["renoise", "ddim"]}
+    assert first == {"sd", "sd21", "sdxl", "pixart"}
+    assert {name for name in MAKERS if offered[name] == ["ddim", "renoise"]} == {*NOISED, "dit"} - first
+    assert {name for name in MAKERS if offered[name] == ["ddim"]} == {"wan", "wan22", "cogvideox", "ddpm"} & {*MAKERS}
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
@@ -232,7 +249,7 @@ def test_a_grid_that_no_scheduler_makes_is_refused(teachers, name, sampler, step
 
 
 def test_a_sampler_without_a_stock_scheduler_is_refused(teachers):
-    teacher = teachers["zimage"]
+    teacher = teachers["wan"]
     with pytest.raises(ValueError, match="no stock scheduler of this family computes the sampler 'renoise'; it has: ddim"):
         make_scheduler(teacher.family, teacher.pipe.scheduler.config, "renoise")
 

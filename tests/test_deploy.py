@@ -47,6 +47,8 @@ def test_the_saved_scheduler_visits_the_trained_times(teachers, name, steps, tmp
     for sampler in teacher.family.samplers:
         teacher.scheduler(sampler).save_pretrained(tmp_path / sampler)
         saved = type(teacher.scheduler(sampler)).from_pretrained(tmp_path / sampler)
-        seen = seen_times(kind, teacher.family, teacher.net, getattr(teacher.pipe, "vae", None), saved, steps, teacher.setting)
+        seen = seen_times(
+            kind, teacher.family, teacher.net, getattr(teacher.pipe, "vae", None), saved, steps, teacher.setting, sampler
+        )
         assert seen == pytest.approx(wanted.tolist(), rel=1e-5, abs=1e-5)
         assert teacher.schedule.model_time(torch.tensor(teacher.grid(steps, sampler))).tolist() == pytest.approx(seen, rel=1e-6)

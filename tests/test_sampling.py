@@ -138,6 +138,34 @@ def test_renoising_chains_of_the_exact_student_are_stationary(name, target):
         assert_marginal(visit.prediction.x0, schedule, 0.0)
 
 
+class Signs:
+    """Noise that is +1 and -1 alike, beside x that are so, too: second moments over four samples are exact."""
+
+    def normal_like(self, x):
+        return times(1, -1, 1, -1)[:, None]
+
+
+@teachers
+@pytest.mark.parametrize("s", [0.25, 0.5, 0.75])
+def test_deployed_by_ddim_an_endpoint_map_leaves_the_marginal_where_renoise_keeps_it(name, target, s):
+    """Of unit data, in the angle tau of (alpha, sigma) = r (cos, sin): x0 = x_t / r, so that the jump from tau_1 lands with the
+    variance r^2 (cos tau + sin tau tan(tau_1 / 2))^2, from pure noise r^2 (1 + sin 2 tau), and not r^2."""
+    schedule = SCHEDULES[name]
+    alpha, sigma = schedule.alpha_sigma(times(1.0))
+    student = denoiser(Gaussian([0.0], [1.0], endpoint), schedule, target)
+    x = torch.hypot(alpha, sigma) * times(1, 1, -1, -1)[:, None]
+    prediction, start = student(x, torch.ones(4).double(), NOTHING), torch.atan2(sigma, alpha)
+    close(prediction.x0, times(1, 1, -1, -1)[:, None])
+    alpha, sigma = schedule.alpha_sigma(times(s))
+    tau, r2 = torch.atan2(sigma, alpha), alpha**2 + sigma**2
+    found = {k: STEPS[k](schedule, prediction, times(s, s, s, s), Signs()).square().mean() / r2 for k in ("ddim", "renoise")}
+    close(found["renoise"], times(1))
+    close(found["ddim"], ((tau.cos() + tau.sin() * (start / 2).tan()) ** 2), 1e-5)
+    if name in ("flow", "flow-reversed", "trig"):  # they start from pure noise
+        close(found["ddim"], 1 + (2 * tau).sin(), 1e-5)
+    assert found["ddim"] > 1.05
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", ["sd", "flow", "edm"])
 def test_exact_jumps_and_the_forward_kernel_are_stationary_at_any_share_of_noise(name, gamma):

@@ -32,6 +32,7 @@ EXPORTS = {
     "zimage-guided": ("zimage", Full(("guidance_scale",)), "ddim", 4, None, None),
     "zimage-lora": ("zimage", LORA, "ddim", 4, None, None),
     "zimage-kohya": ("zimage", LORA, "ddim", 4, "lora", "kohya"),
+    "zimage-noised": ("zimage", Full(), "renoise", 4, None, None),
     "zimage-full": ("zimage", Full(), "ddim", 2, None, None),
     "zimage-comfyui": ("zimage", LORA, "ddim", 4, "lora", "comfyui"),
     "ddpm-merged": ("ddpm", LORA, "ddim", 4, "full", None),

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.denoiser import Cond
 from fewstep.families.base import (
     FLOW_SAMPLERS,
-    PLAIN_FLOW_SAMPLERS,
+    SPACED_FLOW_SAMPLERS,
     VP_SAMPLERS,
     Family,
     Setting,
@@ -102,7 +102,8 @@ SANA = Family(
     null=_sana_null,
     schedule=flow(0.0, 1000.0),
     target=flow_target,
-    samplers=PLAIN_FLOW_SAMPLERS,
+    samplers=SPACED_FLOW_SAMPLERS,
+    spaced=("renoise",),
     lora_targets=_ATTENTION,
     no_words=_no_words("caption_channels"),
     default_guidance=4.5,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Cond
+from fewstep.sampling import uniform_grid
 from fewstep.schedules import DiscreteVP, NoiseSchedule, RectifiedFlow
 
 Config = Mapping[str, Any]
@@ -95,11 +96,13 @@ class Family:
     see Denoiser. encode: (pipe, prompts, setting) -> Cond; null: the same for "no prompt" as the pipeline itself makes it (None:
     the empty prompt), without what is not about words. resized: such conditions for a picture of another size. schedule, target:
     from the pipeline's scheduler.
-    samplers: sampler name -> (scheduler class, config) for the deployed pipeline, the default one first.
+    samplers: sampler name -> (scheduler class, config) for the deployed pipeline, the default one first. spaced: those whose
+    scheduler the call must hand its sigmas, since the pipeline does not.
     no_words: from the network's config, keyword arguments that stand in for a prompt when only the pipeline's loop matters.
     guide: our scale (1 = none) as keyword arguments of the pipeline's call; renorm: what the pipeline does to a guided output
     (conditional, guided) -> guided. embedded: guidance is an input of the network, and there is no second pass.
-    size, latents: see `native_size`, `latent_shape`. pack: x -> the pipeline's own `latents`. encode_pixels, decode: images
+    size, latents: see `native_size`, `latent_shape`. pack: x -> the pipeline's own `latents`; walked: x -> what its scheduler
+    steps, where that is not the same. encode_pixels, decode: images
     (B, 3, H, W) in [-1, 1] to x, and back (video: (B, F, 3, H, W)). options: further fixed arguments of the call.
     ask: (pipe, prompts) as keyword arguments of the call. examples: two prompts for which an export is proved."""
 
@@ -112,6 +115,7 @@ class Family:
     schedule: Callable[[Any], NoiseSchedule]
     target: Callable[[Any], str]
     samplers: dict[str, tuple[str, dict[str, Any]]]
+    spaced: tuple[str, ...] = ()
     lora_targets: tuple[str, ...]
     no_words: Callable[[Config], dict[str, Any]]
     guide: Callable[[float], dict[str, Any]] = lambda g: {"guidance_scale": g}
@@ -124,6 +128,7 @@ class Family:
     size: Callable[[Config, Config], tuple[int, ...]] = native_size
     latents: Callable[[Config, Config, tuple[int, ...]], tuple[int, ...]] = latent_shape
     pack: Callable[[Tensor], Tensor] = lambda x: x
+    walked: Callable[[Tensor], Tensor] | None = None
     encode_pixels: Callable[[Any, Tensor], Tensor] = kl_encode
     decode: Callable[[Any, Tensor], Tensor] = kl_decode
     options: Config = field(default_factory=dict)
@@ -135,6 +140,10 @@ class Family:
         """Keyword arguments of the pipeline's call for a picture of this size, without guidance and prompt."""
         names = ("num_frames", "height", "width")[-len(setting.size) :]
         return {**(dict(zip(names, setting.size, strict=True)) if self.sized else {}), **self.options}
+
+    def spacing(self, sampler: str, steps: int) -> dict[str, Any]:
+        """What the call is told of the times besides their number; the scheduler shifts them."""
+        return {"sigmas": list(uniform_grid(steps))} if sampler in self.spaced else {}
 
 
 def setting_of(family: Family, net: Config, vae: Config, size: tuple[int, ...] | None, guidance: float | None) -> Setting:
@@ -199,9 +208,27 @@ VP_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # For pipelines that hand their scheduler linspace(1, 1/n, n). A terminal shift would stretch that until the last of few steps
 # lies next to clean, where nothing is left to do; of one step it makes 0 / 0.
-FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {"ddim": ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": None})}
-# For those that ask it for n steps: FlowMatchEuler would waste the last one at the smallest time of training.
+# Most of these hand it no generator: what it draws is then torch's own, which torch.manual_seed seeds as well.
+FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": None}),
+    "renoise": ("FlowMatchLCMScheduler", {"shift_terminal": None, "scale_factors": None}),
+}
+# For those that ask it for n steps: FlowMatchEuler and FlowMatchLCM would waste the last one at the smallest time of training.
 PLAIN_FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {"ddim": ("FlowMapEulerDiscreteScheduler", {})}
+# For those of them whose call takes sigmas, so that it can be told where to go; see Family.spaced.
+SPACED_FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **PLAIN_FLOW_SAMPLERS,
+    "renoise": (
+        "FlowMatchLCMScheduler",
+        {
+            "shift_terminal": None,
+            "scale_factors": None,
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+        },
+    ),
+}
 
 
 def make_scheduler(family: Family, config: Any, sampler: str) -> Any:

@@ -79,6 +79,7 @@ FLUX2 = Family(
     default_guidance=4.0,
     size=lambda net, vae: (1024, 1024),
     latents=_shape,
+    walked=lambda x: x.flatten(2).transpose(1, 2),
     encode_pixels=_encode_pixels,
     decode=_decode,
     refuse=lambda pipe: (

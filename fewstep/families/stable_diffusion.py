@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Cond
-from fewstep.families.base import PLAIN_FLOW_SAMPLERS, VP_SAMPLERS, Family, Setting, flow, flow_target, vp, vp_target
+from fewstep.families.base import SPACED_FLOW_SAMPLERS, VP_SAMPLERS, Family, Setting, flow, flow_target, vp, vp_target
 
 # The layers of DMD2's LoRA.
 _UNET_LORA: tuple[str, ...] = (
@@ -103,7 +103,8 @@ SD3 = Family(
     encode=_sd3_encode,
     schedule=flow(0.0, 1000.0),
     target=flow_target,
-    samplers=PLAIN_FLOW_SAMPLERS,
+    samplers=SPACED_FLOW_SAMPLERS,
+    spaced=("renoise",),
     lora_targets=_MMDIT_LORA,
     no_words=lambda c: {
         "prompt_embeds": torch.zeros(1, 2, c["joint_attention_dim"]),

@@ -63,7 +63,7 @@ WAN = Family(
     encode=_wan_encode,
     schedule=flow(0.0, 1000.0),
     target=flow_target,
-    samplers=PLAIN_FLOW_SAMPLERS,
+    samplers=PLAIN_FLOW_SAMPLERS,  # renoise: its call takes no sigmas, without which FlowMatchLCM would waste the last step
     lora_targets=(*_ATTENTION, "ffn.net.0.proj", "ffn.net.2"),
     no_words=lambda c: {"prompt_embeds": torch.zeros(1, 2, c["text_dim"]), "guidance_scale": 1.0},
     default_guidance=5.0,
@@ -195,7 +195,7 @@ COGVIDEOX = Family(
     encode=_cog_encode,
     schedule=vp,
     target=vp_target,
-    samplers={
+    samplers={  # renoise: LCMScheduler does not shift the table as snr_shift_scale says
         "ddim": ("CogVideoXDDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True})
     },
     lora_targets=(*_ATTENTION, "ff.net.0.proj", "ff.net.2"),

@@ -133,7 +133,8 @@ class Objective(ABC):
     """A method: a final frozen dataclass whose fields are its configuration and whose methods are its mathematics.
 
     It owns no weights and keeps no state. Every one has the field `steps`, the number of steps its student is deployed with, and
-    `sampler`, the name of the deployed step (None: the first that the teacher's family has), and a default for every field."""
+    `sampler`, the name of the deployed step (None: the first of the teacher's family that `samplers` allows), and a default for
+    every field."""
 
     steps: int
     sampler: str | None
@@ -144,6 +145,12 @@ class Objective(ABC):
     @abstractmethod
     def needs(self) -> Needs:
         """The roles and data that this configuration of it cannot do without."""
+
+    @property
+    def samplers(self) -> tuple[str, ...] | None:
+        """The deployed steps that go where its student was taught to go, if it takes several (one ends at x0 whatever the
+        step). None: any, as where it learns on its own deployed walk; none at all: it draws in one step only."""
+        return None
 
     @abstractmethod
     def round(self, step: int) -> list[Turn]:
@@ -162,6 +169,10 @@ class Wrapper(Objective):
     @property
     def sampler(self) -> str | None:  # type: ignore[override]
         return self.inner.sampler
+
+    @property
+    def samplers(self) -> tuple[str, ...] | None:
+        return self.inner.samplers
 
 
 REGISTRY: dict[str, type[Objective]] = {}

@@ -46,6 +46,10 @@ class Boot(Objective):
     def needs(self) -> Needs:
         return Needs()
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ()
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 

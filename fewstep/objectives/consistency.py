@@ -54,6 +54,11 @@ class Consistency(Objective):
     def needs(self) -> Needs:
         return Needs(images=True, inputs=("guidance_scale",) if self.guidance else (), average=self.average)
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Of one segment x0 is a sample at every time, and no point of a trajectory; of several only the edges are reached."""
+        return ("renoise",) if (self.segments or self.steps) == 1 else ("ddim",)
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 

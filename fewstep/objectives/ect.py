@@ -60,6 +60,10 @@ class ECT(Objective):
     def needs(self) -> Needs:
         return Needs(images=True)
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("renoise",)  # x0 is a sample at every time, and no point of a trajectory
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", partial(self.student_loss, stage=step // self.stage_rounds))]
 

@@ -38,6 +38,10 @@ class GuidanceDistillation(Objective):
     def needs(self) -> Needs:
         return Needs(images=True, inputs=("guidance_scale",))
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("ddim",)  # what is learned is the field, not its ends
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 

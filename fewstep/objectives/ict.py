@@ -62,6 +62,10 @@ class ICT(Objective):
         stage = max(1, math.floor(self.rounds / (math.log2(self.last / self.first) + 1)))
         return min(self.first * 2 ** (step // stage), self.last)
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("renoise",)  # x0 is a sample at every time, and no point of a trajectory
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", partial(self.student_loss, intervals=self.intervals(step)))]
 

@@ -46,7 +46,6 @@ class MeanFlow(Objective):
     derivative: Literal["jvp", "difference"] = "jvp"
 
     def __post_init__(self) -> None:
-        check_jumps(self.steps, self.sampler)
         LogNormal(self.mean, self.std)
         positive(floor=self.floor)
         if not 0 <= self.instant < 1:
@@ -55,6 +54,10 @@ class MeanFlow(Objective):
     @property
     def needs(self) -> Needs:
         return Needs(images=True, inputs=("end_time",))
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("ddim",)  # a student that is told the end of its jump goes there itself
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
@@ -78,12 +81,6 @@ class MeanFlow(Objective):
         low = torch.minimum(a, b)
         low = torch.where(low <= student.lowest, 0.0, low)
         return t, torch.where(rng.uniform(n) < self.instant, t, low)
-
-
-def check_jumps(steps: int, sampler: str | None) -> None:
-    """Raises ValueError for a sampler that would not jump to where the student was told that it goes."""
-    if steps > 1 and sampler == "renoise":
-        raise ValueError("a student that is told the end of its jump goes there itself; set objective.sampler: ddim, or steps: 1")
 
 
 def residual(

@@ -44,6 +44,10 @@ class Progressive(Objective):
     def needs(self) -> Needs:
         return Needs(images=True, inputs=("guidance_scale",) if self.guidance else ())
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("ddim",)  # each step lands where deterministic ones of the teacher do
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 

@@ -60,6 +60,10 @@ class RCM(Objective):
     def needs(self) -> Needs:
         return Needs(roles=("critic",), images=True)
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("renoise",)  # x0 is a sample at every time, and no point of a trajectory
+
     def round(self, step: int) -> list[Turn]:
         if step < self.warmup:
             return [Turn("student", partial(self.consistency, warm=(step + 1) / self.warmup))]

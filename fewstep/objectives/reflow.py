@@ -46,6 +46,10 @@ class Reflow(Objective):
     def needs(self) -> Needs:
         return Needs(pairs=True)
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("ddim",)  # what is learned is a velocity
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 
@@ -78,6 +82,10 @@ class Regression(Objective):
     @property
     def needs(self) -> Needs:
         return Needs(pairs=True)
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("ddim",)  # as `walked` goes
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

@@ -72,6 +72,10 @@ class SCM(Objective):
     def _others(self) -> tuple[str, ...]:
         return ("weighting",) if self.weighting == "adaptive" else ()
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("renoise",)  # x0 is a sample at every time, and no point of a trajectory
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", partial(self.student_loss, warm=min(1.0, (step + 1) / max(1, self.warmup))), self._others)]
 

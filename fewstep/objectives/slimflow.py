@@ -46,6 +46,10 @@ class AnnealedReflow(Objective):
     def needs(self) -> Needs:
         return Needs(pairs=True, rounds=self.anneal + 1)
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("ddim",)  # what is learned is a velocity
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", partial(self.student_loss, fresh=max(0.0, 1 - step / self.anneal)))]
 
@@ -85,6 +89,10 @@ class FlowGuided(Objective):
     @property
     def needs(self) -> Needs:
         return Needs(pairs=True)
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return ("ddim",)  # as `walked` goes
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal, final
 
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.consistency import check_grid, check_scales, distance, first_of_segment, pair, scales, solver_times
-from fewstep.objectives.meanflow import check_jumps
 from fewstep.objectives.ranges import at_least, share
 from fewstep.objectives.solvers import SOLVERS
 from fewstep.stream import Stream
@@ -47,13 +46,16 @@ class TCD(Objective):
         share(average=self.average)
         if self.order not in SOLVERS:
             raise ValueError(f"order of the teacher's solver is 1 or 2, not {self.order}")
-        if self.end_input:
-            check_jumps(self.steps, self.sampler or "renoise")  # which a family may take where none is named
 
     @property
     def needs(self) -> Needs:
         told = (*(("guidance_scale",) if self.guidance else ()), *(("end_time",) if self.end_input else ()))
         return Needs(images=True, inputs=told, average=self.average)
+
+    @property
+    def samplers(self) -> tuple[str, ...] | None:
+        """Of one segment any end is reached, with noise put back or not, but for a student that is told where to go."""
+        return None if self.segments == 1 and not self.end_input else ("ddim",)
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

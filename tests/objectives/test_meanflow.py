@@ -113,5 +113,3 @@ def test_times_are_sorted_end_at_the_clean_end_and_meet_where_asked():
     assert (r == t).double().mean() == pytest.approx(0.25, abs=0.08)
     with pytest.raises(ValueError, match="share of samples"):
         MeanFlow(instant=1.0)
-    with pytest.raises(ValueError, match="goes there itself"):
-        MeanFlow(steps=2, sampler="renoise")

@@ -107,7 +107,6 @@ def test_targets_are_the_averages_and_have_no_graph():
         ({"solver_steps": 100}, "solver_steps must be a power of two, not 100"),
         ({"steps": 8, "solver_steps": 4}, r"solver_steps \(4\) must be at least 2 and at least steps \(8\)"),
         ({"instant": 1.0}, "instant is a share of samples"),
-        ({"steps": 2, "sampler": "renoise"}, "goes there itself"),
     ],
 )
 def test_lengths_that_do_not_halve_are_refused(options, said):

@@ -74,13 +74,6 @@ def test_the_second_order_asks_the_teacher_twice_guided_alike():
         assert len(heard.times) == asked and all((a > b).all() for a, b in pairwise(heard.times))
 
 
-def test_a_student_that_is_told_its_end_is_deployed_by_going_there():
-    for options in ({"sampler": "renoise"}, {"sampler": None}):
-        with pytest.raises(ValueError, match="goes there itself; set objective.sampler: ddim"):
-            TCD(end_input=True, **options)
-    assert TCD(end_input=True, sampler="ddim").needs.inputs == ("end_time",) and TCD(end_input=True, steps=1)
-
-
 @teachers
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("segments", [1, 4])
