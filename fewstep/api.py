@@ -193,7 +193,7 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
         prompts=config.data.prompts,
         images=config.data.images,
         images_needed=config.objective.needs.images,
-        pairs=study.pairs(stage.tutor and stage.tutor.config),
+        pairs=study.pairs(stage.tutor.config if stage.tutor else None),
         aspect=config.data.aspect,
         cache=default_cache(),
         progress=True,

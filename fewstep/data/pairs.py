@@ -68,8 +68,8 @@ def make_pairs(
     }
     starts = list(range(0, len(texts), CHUNK))
     first = len(starts) * int(os.environ.get("RANK", "0")) // int(os.environ.get("WORLD_SIZE", "1"))
-    found = {}
-    for start in track([*starts[first:], *starts[:first]], "sampling for pairs", len(texts), each=CHUNK, active=progress):
+    found, said = {}, "sampling the tutor" if wish.drawn_by else "sampling the teacher"
+    for start in track([*starts[first:], *starts[:first]], said, len(texts), each=CHUNK, active=progress):
         rest = slice(start, start + CHUNK)
         key = {"start": start, "prompts": hashlib.blake2b(json.dumps(list(texts[rest])).encode(), digest_size=16).hexdigest()}
         found[start] = cached(cache, made_by | key, partial(_draw, teacher, wish, times, start, cond[rest]))
