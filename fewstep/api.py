@@ -16,22 +16,21 @@ from torch import Tensor, nn
 from fewstep import checkpoint
 from fewstep.adapters import Teacher, load_teacher
 from fewstep.config import ATTENTION, Config, parse
-from fewstep.data import Pairs, default_cache, open_source
+from fewstep.data import Pairs, default_cache, digest, open_source
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.experts import PhasedExperts, along
 from fewstep.heads import Discriminator
 from fewstep.networks import Role, attend, build, gather, heads_role, set_weights
 from fewstep.objectives import Nets
 from fewstep.objectives.samplers import deployed_sampler
+from fewstep.painting import generate
 from fewstep.pixels import looking, pixels_role
 from fewstep.plain import name_of, stepped
 from fewstep.preview import Preview
-from fewstep.progress import track
-from fewstep.sampling import STEPS, Predictor, sample
+from fewstep.sampling import STEPS
 from fewstep.slim import try_out
 from fewstep.stages import Stage, check_folder, find, stages_of, store
 from fewstep.storage import KEEPINGS
-from fewstep.stream import rows
 from fewstep.trainer import Job, fit, make_accelerator, runs_on_cpu
 from fewstep.weighting import weighting_role
 
@@ -84,17 +83,27 @@ class Study:
         if "heads" in modules:
             taps, eyes = heads.taps_on(self.roles[heads.backbone].net), self.player(modules[heads.backbone])
             judge = Discriminator(looking(eyes, heads), taps, modules["heads"])
-        student, teacher = self.student(modules["student"]), self.guided(modules["teacher"])
-        if "tutor" in modules:  # guided already by what taught it, or fed its scale
-            teacher = self.player(modules["tutor"])
-            teacher = teacher if teacher.guidance is not None else Guided(teacher, 1.0, self.null.to(self.device))
+        student, teacher = self.student(modules["student"]), self.teaching(modules)
         return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge, average, modules.get("weighting"))
 
-    def pairs(self) -> Pairs | None:
-        """The teacher's samples that the objective learns from, where it does."""
+    def teaching(self, modules: Mapping[str, nn.Module]) -> Denoiser | Guided:
+        """The guided teacher, or the earlier student that teaches, which what taught it has guided, or which is fed its scale."""
+        if "tutor" not in modules:
+            return self.guided(modules["teacher"])
+        tutor = self.player(modules["tutor"])
+        return tutor if tutor.guidance is not None else Guided(tutor, 1.0, self.null.to(self.device))
+
+    def pairs(self, tutor: Config | None = None) -> Pairs | None:
+        """The samples that the objective learns from, where it does: the teacher's, or the tutor's, given what that was taught.
+
+        Those that only stand for images are the teacher's whoever teaches: no student is nearer to the data."""
         data, needs = self.config.data, self.config.objective.needs
-        wanted = data.pairs and (needs.pairs or needs.images)
-        return Pairs(self.guided(self.roles["teacher"]), data.pairs, data.pairs_steps) if wanted else None
+        if not (data.pairs and (needs.pairs or needs.images)):
+            return None
+        if tutor is None or needs.originals or not needs.pairs:
+            return Pairs(self.guided(self.roles["teacher"]), data.pairs, data.pairs_steps)
+        known = f"{self.config.student_kind()} {digest(self.roles['tutor'].weights())}"
+        return Pairs(self.teaching(self.roles), data.pairs, data.pairs_steps, _deployed(self.teacher, tutor)[0], known)
 
     def encoded(self, painting: bool) -> None:
         """Lets go of the text encoders, as all is encoded, and of the autoencoder where no picture is drawn or judged."""
@@ -158,29 +167,6 @@ def _deployed(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]
     return sampler, teacher.deployed_grid(config.objective.steps, sampler)
 
 
-@torch.no_grad()
-def generate(
-    teacher: Teacher,
-    denoiser: Predictor,
-    cond: Cond,
-    times: Sequence[float],
-    sampler: str,
-    *,
-    seed: int,
-    batch: int = 64,
-    bar: str = "",
-) -> np.ndarray:
-    """Pictures uint8 (n, h, w, 3) of n conditions; picture i depends on (seed, i) alone, not on the batch."""
-    device = str(next(teacher.net.parameters()).device)
-    parts = []
-    for start in track(range(0, len(cond), batch), bar, len(cond), each=batch, active=bool(bar)):
-        part = cond[start : start + batch].to(device)
-        noise = rows(seed, start, start + len(part), device)
-        x = denoiser.schedule.prior(noise.normal((len(part), *teacher.latent_shape)))
-        parts.append(teacher.to_images(sample(denoiser, x, times, part, step=STEPS[sampler], rng=noise)))
-    return np.concatenate(parts)
-
-
 def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
     """Trains a config into a run folder. Raises ValueError where the folder holds another run, or resume would change it."""
     for part in config.stages or (config,):
@@ -201,13 +187,14 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
     for part in whole.stages:
         _deployed(study.teacher, part)  # refused now, not when its turn comes
     stage.begin(study.roles)
-    study.teacher.net.to(accelerator.device)
+    for name in {"teacher", "tutor"} & study.roles.keys():  # who draws pairs
+        study.roles[name].net.to(accelerator.device)
     source = open_source(
         study.teacher,
         prompts=config.data.prompts,
         images=config.data.images,
         images_needed=config.objective.needs.images,
-        pairs=study.pairs(),
+        pairs=study.pairs(stage.tutor.config if stage.tutor else None),
         aspect=config.data.aspect,
         cache=default_cache(),
         progress=True,

@@ -66,7 +66,8 @@ class DataConfig(_Strict):
     """Exactly one of: prompts (zoo:sprites or a .txt, .jsonl, .csv file), images (zoo:sprites, or captioned images: a folder,
     webdataset shards, parquet files of a Hugging Face dataset; shards and files by folder, by name or by pattern).
 
-    pairs: how many samples of the teacher's to learn from, drawn once for prompts in pairs_steps steps; they are images, too.
+    pairs: how many samples of the teacher's to learn from, drawn once for prompts in pairs_steps steps; they are images, too. In
+    a stage that an earlier student teaches, its own (but for flow_guided, which wants the first teacher's), without fresh noise.
     aspect: how many times as long as the other a side may be; 1: all pictures have teacher.size. Above, a batch has one of the
     shapes of about that area: the one nearest to its images' own, or any for prompts."""
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from fewstep.adapters import Teacher, load_teacher
-from fewstep.api import Run, generate
+from fewstep.api import Run
 from fewstep.data import default_cache
 from fewstep.denoiser import Denoiser, Guided
 from fewstep.evaluation import images as folders
 from fewstep.evaluation import latency, results
 from fewstep.evaluation.protocol import Protocol, describe, floor, judge, load_prompts, load_protocol
 from fewstep.evaluation.report import write_report
+from fewstep.painting import generate
 from fewstep.stages import is_run, traces
 from fewstep.zoo import HERE
 

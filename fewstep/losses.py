@@ -99,6 +99,9 @@ class Contest:
 CONTESTS = {
     "non_saturating": Contest(logistic, lambda real, fake: non_saturating(fake)),
     "hinge": Contest(lambda real, fake: F.relu(1 - real) + F.relu(1 + fake), lambda real, fake: -fake),  # arXiv 1705.02894
+    "hinge_both": Contest(  # the student stops, too, where it is 1 beyond the border (PCM, arXiv 2405.18407)
+        lambda real, fake: F.relu(1 - real) + F.relu(1 + fake), lambda real, fake: F.relu(1 - fake)
+    ),
     "least_squares": Contest(lambda real, fake: (real - 1) ** 2 + fake**2, lambda real, fake: (fake - 1) ** 2),  # 1611.04076
     "relativistic": Contest(  # arXiv 1807.00734
         lambda real, fake: F.softplus(fake - real), lambda real, fake: F.softplus(real - fake), pairs=True

@@ -49,12 +49,18 @@ class Stage:
         """Of its training; a stage's random draws are its own, those of the first the run's."""
         return replace(self.config.train, seed=self.config.train.seed + len(self.before) * APART)
 
+    @property
+    def tutor(self) -> Stage | None:
+        """The stage whose student teaches this one; None where the teacher on the path does."""
+        number = tutor(self.config, len(self.before) + 1)
+        return None if number is None else self.before[number - 1]
+
     def begin(self, roles: Mapping[str, Role | PhasedExperts]) -> None:
         """Gives fresh roles what earlier stages left: the student the last one's averaged student, the tutor that of its own."""
         if self.before:
             self.before[-1].hand_on(roles["student"])
-        if (teaching := tutor(self.config, len(self.before) + 1)) is not None:
-            self.before[teaching - 1].hand_on(roles["tutor"])
+        if self.tutor is not None:
+            self.tutor.hand_on(roles["tutor"])
             roles["tutor"].requires_grad_(False)
 
     def hand_on(self, heir: Role | PhasedExperts) -> None:

@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "phased": set(),  # what an export takes along: it knows Diffusers alone
     "strength": set(),  # as proof
     "proof": set(),  # runs where fewstep cannot be imported
+    "painting": DENOISER | PARTS | TEACHER | {"progress"},
     "card": DENOISER | PARTS | TEACHER | {"loraformat"},
     "export": DENOISER | PARTS | SIDE_DOORS | {"embedders", "slim"},
     "verify": DENOISER | PARTS | SIDE_DOORS,
@@ -85,12 +86,13 @@ MAY_IMPORT = {
     | PARTS
     | SIDE_DOORS
     | LOOP
-    | {"objectives", "verify", "evaluation", "zoo", "config", "pixels", "plain", "preview", "stages", "slim", "weighting"},
+    | {"objectives", "verify", "evaluation", "zoo", "config", "painting", "pixels", "plain", "preview", "stages", "slim"}
+    | {"weighting"},
     # what the commands do
     "plan": {"config", "weightless", "api"},
     "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "api"},
     "drawing": {"api", "data", "evaluation"},
-    "judging": {"api", "adapters", "data", "denoiser", "evaluation", "stages", "zoo"},
+    "judging": {"api", "adapters", "data", "denoiser", "evaluation", "painting", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),
     "push": set(),

@@ -130,6 +130,7 @@ def test_a_unit_direction_has_the_same_length_at_every_resolution_and_scale():
     [
         ("non_saturating", 2 * math.log(2), math.log(2)),
         ("hinge", 2.0, 0.0),
+        ("hinge_both", 2.0, 1.0),
         ("least_squares", 1.0, 1.0),
         ("relativistic", math.log(2), math.log(2)),
     ],

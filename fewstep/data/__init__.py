@@ -1,7 +1,7 @@
 """Data: prompts, captioned images, and their encodings by the teacher, kept on disk."""
 
 from fewstep.data.cache import cached, default_cache
-from fewstep.data.fingerprint import fingerprint
+from fewstep.data.fingerprint import digest, fingerprint
 from fewstep.data.images import ImageSet, read_images
 from fewstep.data.pairs import CHUNK, Pairs
 from fewstep.data.prompts import read_prompts
@@ -16,6 +16,7 @@ __all__ = [
     "Source",
     "cached",
     "default_cache",
+    "digest",
     "fingerprint",
     "open_source",
     "read_images",

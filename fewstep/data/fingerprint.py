@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from fewstep.adapters import Teacher
@@ -52,9 +53,14 @@ def _sha256(file: Path) -> str:
 
 
 def _weights(module: nn.Module) -> str:
+    own = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
+    return digest({name.replace(".base_layer.", "."): tensor for name, tensor in own.items()})
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of named tensors, of their bytes and dtypes, in their order."""
     total = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        if ".lora_" not in name:
-            total.update(f"{name.replace('.base_layer.', '.')} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, tensor in tensors.items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

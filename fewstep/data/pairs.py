@@ -1,4 +1,6 @@
-"""Teacher pairs: noise and the teacher's own multi-step sample from it, made once for the prompts of a run and kept on disk."""
+"""Teacher pairs: noise and the teacher's own multi-step sample from it, made once for the prompts of a run and kept on disk.
+
+In a stage that an earlier student teaches they are that student's."""
 
 from __future__ import annotations
 
@@ -30,11 +32,15 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Pairs:
-    """A wish: `count` samples that the guided teacher draws in `steps` deterministic steps, each with the noise it came from."""
+    """A wish: `count` samples that the guided teacher draws in `steps` deterministic steps, each with the noise it came from.
+
+    sampler: at whose times. drawn_by: what tells an earlier student from others, where it draws in the teacher's place."""
 
     guided: Denoiser | Guided
     count: int
     steps: int
+    sampler: str = "ddim"
+    drawn_by: str = ""
 
     def chosen(self, n: int) -> Tensor:
         """Which of n prompts (count,): a shuffle of all, over and over, of which fewer pairs take the beginning."""
@@ -49,7 +55,7 @@ def make_pairs(
 
     Made in chunks that are kept one by one: an interrupted run goes on behind the last, more pairs only make what is missing, and
     processes that share a cache begin at different places and share the work."""
-    times = teacher.grid(wish.steps, "ddim")
+    times = teacher.grid(wish.steps, wish.sampler)
     made_by = {
         "kind": "pairs",
         "version": 1,
@@ -58,11 +64,12 @@ def make_pairs(
         "guidance": wish.guided.scale if isinstance(wish.guided, Guided) else wish.guided.guidance,
         "times": list(times),
         "seed": SEED,
+        **({"drawn_by": wish.drawn_by} if wish.drawn_by else {}),
     }
     starts = list(range(0, len(texts), CHUNK))
     first = len(starts) * int(os.environ.get("RANK", "0")) // int(os.environ.get("WORLD_SIZE", "1"))
-    found = {}
-    for start in track([*starts[first:], *starts[:first]], "sampling the teacher", len(texts), each=CHUNK, active=progress):
+    found, said = {}, "sampling the tutor" if wish.drawn_by else "sampling the teacher"
+    for start in track([*starts[first:], *starts[:first]], said, len(texts), each=CHUNK, active=progress):
         rest = slice(start, start + CHUNK)
         key = {"start": start, "prompts": hashlib.blake2b(json.dumps(list(texts[rest])).encode(), digest_size=16).hexdigest()}
         found[start] = cached(cache, made_by | key, partial(_draw, teacher, wish, times, start, cond[rest]))

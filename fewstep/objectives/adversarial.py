@@ -41,7 +41,7 @@ class Adversarial(Wrapper):
     heads: Literal["dmd2", "ladd", "projected", "pixel"] = "dmd2"
     taps: tuple[str, ...] = ()
     features: str = "zoo:sprites-clip"
-    loss: Literal["non_saturating", "hinge", "least_squares", "relativistic"] = "non_saturating"
+    loss: Literal["non_saturating", "hinge", "hinge_both", "least_squares", "relativistic"] = "non_saturating"
     weight: float = 3e-3
     judge_weight: float = 1e-2
     low: float = 0.001

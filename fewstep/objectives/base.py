@@ -112,14 +112,16 @@ class Turn:
 @dataclass(frozen=True)
 class Needs:
     """What an objective cannot do without: trained roles besides the student; clean data; the noise behind it, which only the
-    teacher's own samples have; which heads, where "heads" is among the roles; and what the student's network takes besides
-    (`embedders`: "guidance_scale", "end_time"). phases: how many experts the student must be, if not one network; restarts: the
-    roles that some turn starts afresh; rounds: below how many of them the method would end unfinished; average: decay of
-    a moving average of the student to ask for targets; partly: some turn asks a part of its player alone."""
+    teacher's own samples have (`pairs`: of whoever teaches; with `originals` of the first teacher all the same); which heads,
+    where "heads" is among the roles; and what the student's network takes besides (`embedders`: "guidance_scale", "end_time").
+    phases: how many experts the student must be, if not one network; restarts: the roles that some turn starts afresh; rounds:
+    below how many of them the method would end unfinished; average: decay of a moving average of the student to ask for targets;
+    partly: some turn asks a part of its player alone."""
 
     roles: tuple[str, ...] = ()
     images: bool = False
     pairs: bool = False
+    originals: bool = False
     heads: Heads = field(default_factory=Heads)
     inputs: tuple[str, ...] = ()
     phases: int = 1

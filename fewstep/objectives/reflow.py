@@ -65,7 +65,8 @@ class Reflow(Objective):
 @dataclass(frozen=True, kw_only=True)
 class Regression(Objective):
     """From a noise the student lands where its teacher landed: knowledge distillation (Luhman and Luhman, arXiv 2101.02388), and
-    InstaFlow's last stage where the teacher is a reflowed student (arXiv 2309.06380, eq. 8).
+    InstaFlow's last stage where the teacher is a reflowed student (`teacher: previous`, whose own the pairs then are; arXiv
+    2309.06380, eq. 8).
 
     huber: c of sqrt(|d|^2 + c^2) - c with |d| the root mean square of a sample's error; 0 the norm itself. Teacher pairs
     (data.pairs) are needed. With several steps one of them is taught, behind the student's own deterministic ones.

@@ -71,9 +71,10 @@ class FlowGuided(Objective):
     its many and cost little (Flow-Guided Distillation).
 
     guide: weight of the second. huber: c of sqrt(|d|^2 + c^2) - c with |d| the root mean square of a sample's error. With several
-    steps one of them is taught, behind the student's own. Teacher pairs (data.pairs) are needed. Any schedule: the two steps
-    meet between 1/5 and 4/5 of the straight path, as in the authors' code. Deviations: the distance is not perceptual (LPIPS),
-    since latents have no such network; the guiding steps start from the pairs' noise, not from another, which saves a pass.
+    steps one of them is taught, behind the student's own. Teacher pairs (data.pairs) are needed, of the first teacher whoever
+    teaches. Any schedule: the two steps meet between 1/5 and 4/5 of the straight path, as in the authors' code. Deviations: the
+    distance is not perceptual (LPIPS), since latents have no such network; the guiding steps start from the pairs' noise, not
+    from another, which saves a pass.
     """
 
     steps: int = 1
@@ -88,7 +89,7 @@ class FlowGuided(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(pairs=True)
+        return Needs(pairs=True, originals=True)
 
     @property
     def samplers(self) -> tuple[str, ...]:

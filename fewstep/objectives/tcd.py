@@ -23,9 +23,12 @@ class TCD(Objective):
     steps, solver_steps, huber, guidance, average: as in `consistency`. segments: 1 is TCD; it must divide `steps`.
     end_input: the network is told the end (TCD's "S+"), without which no student can meet every end at once; sampled by fewstep
     only, since no stock pipeline tells it. order: of the teacher's solver; 2 asks it twice a step. Images (latents) are needed.
-    Deviations: the student's jumps are of first order (the papers' default); the deployed steps are `ddim` (gamma 0) or `renoise`
-    (gamma 1), since the stock TCDScheduler ends at its table's first level and not at clean; TSCD's adversarial part of the
-    distance is the wrapper `adversarial_distance` around this.
+    Of the two only the teacher's order is a choice: the student's jumps are of first order (the papers' default). TCF(2) asks the
+    student again at the middle of a jump's log-SNR, which a jump to clean data has not, nor one from pure noise on a path that
+    ends there (flow): of one step on VP, or two on flow, none would be of second order. The nearest stock one, KDPM2Discrete
+    (2 n - 1 passes for n steps, the last of first order), starts from sigma_T times the noise, students from the noise itself.
+    Deviations: the deployed steps are `ddim` (gamma 0) or `renoise` (gamma 1), since the stock TCDScheduler ends at its table's
+    first level and not at clean; TSCD's adversarial part of the distance is the wrapper `adversarial_distance` around this.
     """
 
     lands: ClassVar[bool] = True

@@ -5,9 +5,14 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 from products import VAR, N, Optimum, batch, exact
+from tiny import tiny_sd_pipeline
 from toys import SCHEDULES, Gaussian, denoiser, game, gaussian
 
+from fewstep.adapters import teacher_of
+from fewstep.api import study_of
+from fewstep.config import parse
 from fewstep.losses import CONTESTS, flat_mean
+from fewstep.objectives import Batch
 from fewstep.objectives.adversarial_distance import AdversarialDistance
 from fewstep.objectives.consistency import Consistency
 from fewstep.objectives.dmd import DMD
@@ -136,6 +141,96 @@ def test_the_right_law_on_wrong_trajectories_is_found_out_by_conditional_heads_a
         (real, _), (fake, _) = judge.points[0]
     assert found[True] > 0.9 and abs(found[False] - 0.5) < 0.1
     torch.testing.assert_close(real.var(0), fake.var(0), rtol=0.1, atol=0.02)
+
+
+# PCM's adversary
+
+
+def pcm(**options):
+    """PCM as its paper has it (consistency.md 3.3), its heads on the frozen teacher."""
+    inner = Consistency(steps=4, solver_steps=20, sampler="ddim")
+    plain = {"conditional": False, "heads": "ladd", "loss": "hinge_both", "push": 0.25, "low": 0.001}
+    return AdversarialDistance(inner=inner, **{**plain, **options})
+
+
+@pytest.mark.parametrize("name, target", KINDS)
+def test_a_push_is_the_exact_kernel_with_noise_of_its_own(name, target):
+    """consistency.md 0.3: real and fake go to one time in [s, s + push), each by a noise that knows nothing of the other's."""
+    losses, judge, _ = shown(pcm(), other(name, target), exact(name, target), 0)
+    ((real, t), (fake, same)), landing = judge.points[0], losses.landing
+    s = landing.s
+    assert torch.equal(t, same) and (t >= s.clamp(min=0.001)).all() and (t < s + 0.25).all()
+    assert float((t - s).mean()) == pytest.approx(0.125, abs=0.015) and float((t - s).std()) == pytest.approx(0.072, abs=0.01)
+    scale = SCHEDULES[name].alpha_sigma(t)[0] / SCHEDULES[name].alpha_sigma(s)[0]
+    var = (t - s) * (t + s - 2 * t * s) / (1 - s) ** 2 if name == "flow" else 1 - scale**2
+    noises = []
+    for seen, landed in ((real, landing.target), (fake, landing.x_s)):
+        noises.append((seen - like(scale, landed) * landed) / like(var.sqrt(), landed))
+        assert noises[-1].mean().abs() < 0.15 and noises[-1].std() == pytest.approx(1, abs=0.1)
+    assert (noises[0] * noises[1]).mean().abs() < 0.15
+
+
+@pytest.mark.parametrize("name, target", KINDS)
+def test_pushed_players_that_are_equal_are_at_rest_in_the_mean(name, target):
+    """Undecided heads have nothing to learn from a student that lands where it should, though noises differ; of another they
+    have."""
+
+    def pull(student):
+        """How far from zero the heads' gradient over sixteen batches is, in its own standard errors."""
+        judge = Judge()
+        weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        judge.logit = lambda x, origin: (x @ weights)[:, None]
+        nets = replace(game(student, exact(name, target), grid=uniform_grid(4)), judge=judge)
+        for seed in range(16):
+            (pcm().judge_loss(pcm().inner.round(0)[0], nets, batch(), stream(seed, 0, 0, 0)).total / 16).backward()
+        apart = torch.cat([fake - real for (real, _), (fake, _) in judge.points])
+        torch.testing.assert_close(weights.grad, apart.mean(0), rtol=1e-5, atol=1e-6)
+        return (weights.grad / (apart.std(0) / len(apart) ** 0.5)).abs().max()
+
+    inner = pcm().inner
+    optimum = denoiser(Optimum(inner, SCHEDULES[name], uniform_grid(4)), SCHEDULES[name], target)
+    wrong = denoiser(Gaussian([4.0, 4.0], [0.5, 0.6]), SCHEDULES[name], target)
+    assert pull(optimum) < 3 and pull(wrong) > 10
+
+
+def test_heads_on_the_teacher_learn_and_leave_it_as_it_is():
+    plain = {"name": "adversarial_distance", "inner": {"name": "consistency", "steps": 4, "sampler": "ddim", "solver_steps": 4}}
+    contest = {"conditional": False, "heads": "ladd", "loss": "hinge_both", "push": 0.25}
+    tree = {"teacher": {"path": "tiny"}, "student": {"rank": 2}, "data": {"images": "zoo:sprites"}, "objective": plain | contest}
+    study = study_of(parse(tree), teacher_of("tiny", tiny_sd_pipeline()))
+    assert study.roles.keys() == {"teacher", "student", "heads"}
+    for p in study.roles["student"].parameters():  # away from the identity that adapters start as
+        p.data += 0.1 * torch.randn_like(p)
+    nets, cond = study.nets(study.roles), study.teacher.encode(["a", "b"])
+    shape = (2, *study.teacher.latent_shape)
+    given = Batch(cond, shape, torch.randn(shape))
+    before = {k: v.clone() for k, v in study.teacher.net.state_dict().items() if ".lora_" not in k}
+    judge, last = study.config.objective.round(0)
+    assert judge.movers == ("heads",) and last.movers == ("student",)
+    for turn in (judge, last):
+        for name in ("student", "heads"):
+            study.roles[name].requires_grad_(name in turn.movers)
+        turn.loss(nets, given, stream(0, 0, 0, 0)).total.backward()
+        for name in ("student", "heads"):
+            grads = [p.grad for p in study.roles[name].parameters()]
+            assert (name in turn.movers) == any(g is not None and g.abs().max() > 0 for g in grads)
+            study.roles[name].zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in study.teacher.net.parameters())
+    after = study.teacher.net.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    point = torch.randn(shape), torch.tensor([0.3, 0.6], dtype=torch.float64)
+    logits = nets.judge.logits(*point, cond)
+    for p in study.roles["student"].parameters():
+        p.data += 0.1
+    assert torch.equal(nets.judge.logits(*point, cond), logits)  # of the teacher's features, whatever the student is
+
+
+def test_what_no_heads_can_see_is_refused():
+    with pytest.raises(ValueError, match="heads: ladd see the landing alone, not where the jump began; set conditional: false"):
+        AdversarialDistance(heads="ladd")
+    for push in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="push is a width in time, from 0 .* to 1, not"):
+            pcm(push=push)
 
 
 @pytest.mark.parametrize("inner", [DMD(steps=1), AdversarialDistance()], ids=["dmd", "itself"])

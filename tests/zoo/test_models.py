@@ -7,9 +7,9 @@ import pytest
 from safetensors import safe_open
 
 from fewstep.adapters import load_teacher
-from fewstep.api import generate
 from fewstep.denoiser import Guided
 from fewstep.evaluation.clip_score import ClipScore
+from fewstep.painting import generate
 from fewstep.zoo import HERE, NAMES, folder, guidance
 from fewstep.zoo.reading import accuracy
 from fewstep.zoo.sprites import captions, draw
