@@ -208,6 +208,8 @@ def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
                     f"the {role} follows the {turn.player}, so both need the same weights: "
                     f"write the same settings under {turn.player} and {role}"
                 )
+    if config.objective.one_step and config.objective.steps > 1:
+        raise ValueError(f"objective {name} makes students of one step, not of {config.objective.steps}; set its steps to 1")
     if needs.phases not in (1, config.phases):
         raise ValueError(f"objective {name} is set to {needs.phases} phases; leave student.phases away, or set it to the same")
     if config.objective.steps % config.phases:

@@ -133,6 +133,7 @@ class Objective(ABC):
     steps: int
     sampler: str | None
     lands: ClassVar[bool] = False  # whether its student's losses say where the student landed
+    one_step: ClassVar[bool] = False  # whether its student draws in one step alone
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a field may hold an objective
 
     @property
@@ -157,6 +158,10 @@ class Wrapper(Objective):
     @property
     def sampler(self) -> str | None:  # type: ignore[override]
         return self.inner.sampler
+
+    @property
+    def one_step(self) -> bool:  # type: ignore[override]
+        return self.inner.one_step
 
 
 REGISTRY: dict[str, type[Objective]] = {}

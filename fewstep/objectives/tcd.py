@@ -22,8 +22,8 @@ class TCD(Objective):
     TSCD (Hyper-SD, arXiv 2404.13686, algorithm 1).
 
     steps, solver_steps, huber, guidance, average: as in `consistency`. segments: 1 is TCD; it must divide `steps`.
-    end_input: the network is told the end (TCD's "S+"), without which no student can meet every end at once; sampled by fewstep
-    only, since no stock pipeline tells it. order: of the teacher's solver; 2 asks it twice a step. Images (latents) are needed.
+    end_input: the network is told the end (TCD's "S+"), without which no student can meet every end at once; its export has the
+    pipeline that tells it, `told.py`. order: of the teacher's solver; 2 asks it twice a step. Images (latents) are needed.
     Deviations: the student's jumps are of first order (the papers' default); the deployed steps are `ddim` (gamma 0) or `renoise`
     (gamma 1), since the stock TCDScheduler ends at its table's first level and not at clean; TSCD's adversarial part of the
     distance is the wrapper `adversarial_distance` around this.
