@@ -61,10 +61,12 @@ def export(
     time embedding cannot hold what it was told."""
     to = Path(to).absolute()
     form, names = lorafiles.choose(teacher, kind, form, layout, phases)
+    told = isinstance(kind, Full) and embedders.END in kind.inputs
+    if told and phases > 1:
+        raise ValueError("no pipeline tells several experts the end of their jump; export a student of one network")
     _restore(to)
     refuse_foreign(to)
     teacher = _pristine(teacher)
-    told = isinstance(kind, Full) and embedders.END in kind.inputs
     times = {n: teacher.grid(n, sampler) for n in sorted({steps} if told and steps == 1 else {*counts, steps})}
     students, scheduler = [_student(teacher, kind, own) for own in apart(weights, phases)], teacher.scheduler(sampler)
     takes = embedders.inputs(students[0].net)

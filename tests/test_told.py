@@ -170,6 +170,13 @@ def test_an_export_of_one_step_draws_in_no_more(root):
         one.sample(["a circle"], 2)
 
 
+def test_experts_that_are_told_an_end_cannot_be_exported(root, tmp_path):
+    teacher = load_teacher(str(root / "teachers" / "sd"))
+    with pytest.raises(ValueError, match="no pipeline tells several experts the end of their jump"):
+        export(teacher, Full((END,)), {}, sampler="ddim", steps=2, phases=2, to=tmp_path / "no", record=RECORD)
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_the_export_of_a_run_draws_the_pictures_of_the_run(root, runs, name):
     """At the trained steps and others, with the noise that `fewstep sample` of the run takes."""
