@@ -122,11 +122,11 @@ class Study:
         return generate(self.teacher, guided, cond, times, "ddim", seed=seed, bar=bar)
 
     def steps(self) -> tuple[int, ...]:
-        """The step counts a student is looked at: 1, 2, 4, and its own."""
-        return tuple(sorted({1, 2, 4, self.config.objective.steps}))
+        """The step counts a student is looked at: its own, and, where it draws in others, 1, 2, 4."""
+        return tuple(sorted({self.config.objective.steps, *(() if self.config.objective.samplers == () else (1, 2, 4))}))
 
     def preview(self, cond: Cond, folder: Path) -> Preview:
-        """Pictures of the student at 1, 2, 4 and its own steps beside the teacher's."""
+        """Pictures of the student, in all of `steps`, beside the teacher's."""
         teacher, student = partial(self.draw_teacher, cond, 50), partial(self.draw_student, cond)
         return Preview(self.roles["student"], teacher, student, self.steps(), self.config.objective.steps, folder)
 
@@ -265,6 +265,7 @@ class Run:
             sampler=self.study.sampler,
             steps=self.config.objective.steps,
             phases=self.config.phases,
+            counts=self.study.steps(),
             to=Path(to),
             form=form,
             layout=layout,

@@ -88,10 +88,10 @@ def snippet(facts: dict[str, Any], name: str) -> str:
         run += 'drawn.images[0].save("image.png")\n'
     place = f"folder = {name!r}  # where this folder lies, or its hub id\n"
     base = teacher_folder(facts["teacher"]["path"]) or facts["teacher"]["path"]
-    if "experts" in facts:
-        path = f", {str(base)!r}" if facts["form"] == "lora" else ""
+    if own := facts["runs_by"]:
+        path, module = f", {str(base)!r}" if facts["form"] == "lora" else "", Path(own).stem
         head = "import sys\n\nimport torch\n\n" + place.replace(", or its hub id", "")
-        return f"{head}sys.path.insert(0, folder)\nimport phased\n\npipe = phased.load(folder{path})\n{run}"
+        return f"{head}sys.path.insert(0, folder)\nimport {module}\n\npipe = {module}.load(folder{path})\n{run}"
     if facts["form"] == "full":
         head = "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         return f"{head}{place}pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)\n{run}"
@@ -126,6 +126,12 @@ def _hints(facts: dict[str, Any]) -> str:
         begins = ", ".join(f"{time:.6g}" for time in facts["experts"]["switches"])
         number = len(facts["experts"]["files"])
         lines.append(f"`phased.py`, in this folder, hands over between {number} experts; the next ones begin at {begins}.")
+    if "ends" in facts:
+        lines.append(
+            "`told.py`, in this folder, tells the network where each step ends; stock Diffusers alone is right in one step."
+        )
+    if list(facts["times"]) == ["1"]:
+        lines.append("It draws in one step alone: in more it was neither trained nor proved.")
     if facts["form"] == "lora":
         lines += [f"{PLACES[layout]}." for layout in PLACES if layout == facts["lora"]["layout"]]
         lines.append("The LoRA's alpha equals its rank: strength 1.0 is right in every reader.")
@@ -142,6 +148,8 @@ def _levels(teacher: Teacher, facts: dict[str, Any]) -> str:
         alpha, sigma = teacher.schedule.alpha_sigma(t)
         sigmas = [*(sigma if flow else sigma / alpha).tolist(), 0.0]
         rows.append(f"| {n} | {', '.join(f'{v:.6g}' for v in times)} | {', '.join(f'{v:.6g}' for v in sigmas)} |")
+    if facts["runs_by"]:
+        return "\n".join(rows)
     comfy = COMFY.get(facts["sampler"], facts["sampler"])
     return "\n".join(rows) + f"\n\nIn ComfyUI: sampler `{comfy}` with these sigmas (`ManualSigmas`), cfg 1."
 

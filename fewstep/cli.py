@@ -107,7 +107,7 @@ def sample(
     count: Annotated[int | None, typer.Option(help="At most so many prompts of the file.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
-    """Draws pictures with a run's student: a folder of PNGs with a manifest, and one grid."""
+    """Draws pictures with the student of a run, or of an export: a folder of PNGs with a manifest, and one grid."""
     from fewstep.drawing import draw
 
     where = draw(target, list(prompt or ()), prompts, steps or [], compare_teacher, seed, count, out)

@@ -10,25 +10,37 @@ from PIL import Image
 from fewstep.api import Run
 from fewstep.data import read_prompts
 from fewstep.evaluation.images import save_folder
+from fewstep.exported import Exported, is_export
 
 
 def draw(
     target: Path, given: list[str], source: str | None, steps: list[int], compare: bool, seed: int, count: int | None, out: Path
 ) -> Path:
-    """Draws a run's student (and teacher) for the prompts; returns the folder with grid.png and one folder of PNGs a row.
+    """Draws the student (and teacher) of a run, or an export, for the prompts; returns the folder with grid.png and one folder of
+    PNGs a row.
 
-    Raises ValueError where there is no prompt, or the folder holds other files."""
+    Raises ValueError where there is no prompt, the folder holds other files, or an export is to be compared with its teacher."""
     prompts = given + (read_prompts(source)[:count] if source else [])
     if not prompts:
         raise ValueError("nothing to draw; give --prompt TEXT or --prompts FILE")
     if out.exists() and any(out.iterdir()) and not (out / "grid.png").exists():
         raise ValueError(f"{out} holds other files; name an empty folder with --out")
-    run = Run(target)
     rows = {}
-    if compare:
-        rows["teacher-50"] = run.sample_teacher(prompts, 50, seed, bar="teacher, 50 steps")
-    for n in steps or [run.config.objective.steps]:
-        rows[f"student-{n}"] = run.sample(prompts, n, seed, bar=f"student, {n} steps")
+    student: Run | Exported
+    if is_export(target):
+        if compare:
+            raise ValueError(
+                f"{target} is an export, which has no teacher beside it; leave --compare-teacher away, or name the run"
+            )
+        student = Exported(target)
+        own = student.facts["steps"]
+    else:
+        student = Run(target)
+        own = student.config.objective.steps
+        if compare:
+            rows["teacher-50"] = student.sample_teacher(prompts, 50, seed, bar="teacher, 50 steps")
+    for n in steps or [own]:
+        rows[f"student-{n}"] = student.sample(prompts, n, seed, bar=f"student, {n} steps")
     for name, images in rows.items():
         save_folder(out / name, images, prompts=prompts, seeds=[seed] * len(prompts))
     Image.fromarray(grid([images[:16] for images in rows.values()])).save(out / "grid.png")

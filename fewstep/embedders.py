@@ -65,7 +65,8 @@ def gain(net: Any, wanted: Iterable[str] = ()) -> None:
     if had + new == inputs(net):
         return
     if not hasattr(net, "gained"):
-        net.gained = Gained(_time_module(net), _last_linear(_time_module(net)).out_features)
+        module = net.get_submodule(time_module(net))
+        net.gained = Gained(module, _last_linear(module).out_features)
         net.register_forward_pre_hook(net.gained.take, with_kwargs=True)
     device = next(net.parameters()).device
     for name in new:
@@ -126,8 +127,9 @@ def fold(net: Any, g: float) -> None:
 
     The embeddings of g and of 0 are constants, and go into the bias that ends the time embedding. Raises ValueError where the
     time embedding does not end in a linear layer with a bias."""
-    module = _time_module(net)
-    last: nn.Module = [m for m in module.modules() if not list(m.children())][-1]
+    module = net.get_submodule(time_module(net))
+    aside = getattr(module, "cond_proj", None)  # of stock guidance weights, which join the first layer
+    last: nn.Module = [m for m in module.modules() if not list(m.children()) and m is not aside][-1]
     if not isinstance(last, nn.Linear) or last.bias is None:
         raise ValueError("the inputs of this network cannot be folded into its time embedding; keep the student in fewstep")
     constants = {GUIDANCE: g - 1.0, END: 0.0}
@@ -140,11 +142,12 @@ def fold(net: Any, g: float) -> None:
     del net.gained
 
 
-def _time_module(net: nn.Module) -> nn.Module:
+def time_module(net: nn.Module) -> str:
+    """The name of the submodule that embeds a network's time. Raises ValueError where it is not known."""
     named = dict(net.named_modules())
     for name in TIME_MODULES:
         if name in named:
-            return named[name]
+            return name
     raise ValueError(
         f"{type(net).__name__} embeds its time where fewstep does not look; add that submodule to embedders.TIME_MODULES"
     )

@@ -8,7 +8,7 @@ import inspect
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from fewstep.slim import body
 
 FACTS, REFERENCE = "fewstep.json", "reference.safetensors"
 LORA_FILE = mixture.LORA_FILE
-COUNTS = (1, 2, 4)  # what every export documents and proves, besides the count it was trained for
+ENDS_FILE, TOLD = "end_embedder.safetensors", "told.py"  # of a student that is told the end of its jump, and what tells it
+COUNTS = (1, 2, 4)  # what an export documents and proves, besides the count it was trained for
 SEED = 0
 
 
@@ -46,6 +47,7 @@ def export(
     record: dict[str, Any],
     guidance: float = 1.0,
     phases: int = 1,
+    counts: Sequence[int] = COUNTS,
 ) -> Path:
     """Writes the student `weights` (named as Role.weights() does) to the folder `to`, whole or not at all, and returns it.
 
@@ -53,20 +55,19 @@ def export(
     PEFT folder), "comfyui" or "kohya"; None for Diffusers', or PEFT's where the class has no LoRA loader. record: how it was
     made, JSON-able; the card names the objective of record["config"] and shows the table record["results"]["rows"] where they
     are there. guidance: the scale that a student which takes one draws at: stock code feeds it where the network's class can take
-    it, else it is folded into the weights.
-    Raises ValueError if `to` holds something else, the family, form, layout and sampler do not go together, or no stock pipeline
-    could feed the student what it takes."""
+    it, else it is folded into the weights. counts: step counts to document and prove besides `steps`. A student that is told the
+    end of its jump is exported with the pipeline that tells it; one of a single step without, for that step alone.
+    Raises ValueError if `to` holds something else, the family, form, layout and sampler do not go together, or the network's
+    time embedding cannot hold what it was told."""
     to = Path(to).absolute()
     form, names = lorafiles.choose(teacher, kind, form, layout, phases)
-    if isinstance(kind, Full) and embedders.END in kind.inputs and steps > 1:
-        raise ValueError(
-            f"this student of {steps} steps takes the end of its jump, which no stock pipeline would tell it; sample it with "
-            "fewstep, or train one for one step to export it, whose jump has one end"
-        )
+    told = isinstance(kind, Full) and embedders.END in kind.inputs
+    if told and phases > 1:
+        raise ValueError("no pipeline tells several experts the end of their jump; export a student of one network")
     _restore(to)
     refuse_foreign(to)
     teacher = _pristine(teacher)
-    times = {n: teacher.grid(n, sampler) for n in sorted({*COUNTS, steps})}
+    times = {n: teacher.grid(n, sampler) for n in sorted({steps} if told and steps == 1 else {*counts, steps})}
     students, scheduler = [_student(teacher, kind, own) for own in apart(weights, phases)], teacher.scheduler(sampler)
     takes = embedders.inputs(students[0].net)
     scale = guidance if embedders.GUIDANCE in takes and embedders.stock_guidance(students[0].net) else None
@@ -91,13 +92,20 @@ def export(
         if names is not None:
             facts["lora"] = lorafiles.facts(adapters, names, list(files.values()), teacher.components)
         if phases > 1:
-            facts["experts"] = mixture.facts(facts["times"][str(steps)], files)
-            shutil.copyfile(mixture.PIPELINE, part / mixture.PIPELINE.name)
+            facts |= {"runs_by": mixture.PIPELINE, "experts": mixture.facts(facts["times"][str(steps)], files)}
+        if told and steps > 1:
+            facts |= {"runs_by": TOLD, "ends": _write_ends(teacher, students[0].net, part / ENDS_FILE)}
+        if facts["runs_by"]:
+            shutil.copyfile(Path(__file__).with_name(facts["runs_by"]), part / facts["runs_by"])
         (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        denoiser = teacher.denoiser(students[0], guidance, (1.0,))  # one that takes the end of its jump goes to the clean end
-        if phases > 1:
-            denoiser = along(denoiser, PhasedExperts("student", students, teacher.family.call), times[steps], phases)
-        _write_reference(teacher, denoiser, sampler, times, part / REFERENCE)
+
+        def deployed(grid: tuple[float, ...]) -> Denoiser:
+            one = teacher.denoiser(students[0], guidance, grid)
+            if phases == 1:
+                return one
+            return along(one, PhasedExperts("student", students, teacher.family.call), times[steps], phases)
+
+        _write_reference(teacher, deployed, sampler, times, part / REFERENCE)
         (part / "README.md").write_text(card.write(teacher, facts, to.name), "utf-8")
         _swap(part, to)
     finally:
@@ -146,6 +154,13 @@ def _network(teacher: Teacher, student: Role, folded: dict[str, Tensor], guidanc
     return net
 
 
+def _write_ends(teacher: Teacher, net: Any, to: Path) -> dict[str, Any]:
+    """Writes the embedder of a network's ends, which `_network` folds for the clean end. Returns what `told.py` reads."""
+    save_file(net.gained.embed[embedders.END].state_dict(), to)
+    clock = teacher.schedule.model_time(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    return {"file": to.name, "module": embedders.time_module(net), "clock": clock}
+
+
 def _deployed(teacher: Teacher, net: Any, scheduler: Any) -> Any:
     """The teacher's pipeline around the student's network and the student's scheduler."""
     parts = {**by_component(net, teacher.family.component), "scheduler": scheduler}
@@ -189,6 +204,7 @@ def _facts(
         "ask": family.ask(teacher.pipe, [family.examples[0]]),
         "video": len(teacher.setting.size) == 3,
         "embedded": family.embedded or scale is not None,  # guidance is an input of the network
+        "runs_by": None,  # the custom pipeline that it takes, which lies in it
         "form": form,
         "sampler": sampler,
         "steps": steps,
@@ -220,8 +236,15 @@ class _Draws:
 
 
 @torch.no_grad()
-def _write_reference(teacher: Teacher, denoiser: Denoiser, sampler: str, times: dict[int, tuple[float, ...]], to: Path) -> None:
-    """fewstep's own pictures, float32: what the stock pipeline must draw from the same latents, prompts and seed.
+def _write_reference(
+    teacher: Teacher,
+    deployed: Callable[[tuple[float, ...]], Denoiser],
+    sampler: str,
+    times: dict[int, tuple[float, ...]],
+    to: Path,
+) -> None:
+    """fewstep's own pictures, float32: what the stock pipeline must draw from the same latents, prompts and seed. deployed: the
+    student on a grid.
 
     Of large pictures every `stride`-th row and column is kept. Pipelines that take no latents draw them themselves, as here."""
     given, prompts = _takes_latents(teacher), list(teacher.family.examples)
@@ -235,7 +258,7 @@ def _write_reference(teacher: Teacher, denoiser: Denoiser, sampler: str, times: 
         if not given:
             noise = torch.randn(shape, generator=generator)
         rng: Any = _Draws(generator, teacher.family.walked or teacher.family.pack)
-        x = sample(denoiser, noise, grid, cond, step=STEPS[sampler], rng=rng)
+        x = sample(deployed(grid), noise, grid, cond, step=STEPS[sampler], rng=rng)
         tensors[f"images_{n}"] = teacher.decode(x)[..., ::stride, ::stride].contiguous()
     tensors["latents"] = teacher.family.pack(noise).contiguous()
     notes = {"ask": json.dumps(teacher.family.ask(teacher.pipe, prompts)), "seed": str(SEED), "stride": str(stride)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fewstep.evaluation import images as folders
 from fewstep.evaluation import latency, results
 from fewstep.evaluation.protocol import Protocol, describe, floor, judge, load_prompts, load_protocol
 from fewstep.evaluation.report import write_report
+from fewstep.exported import Exported, is_export
 from fewstep.painting import generate
 from fewstep.stages import is_run, traces
 from fewstep.zoo import HERE
@@ -57,7 +58,7 @@ def _rows(
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     if is_run(target):
         run = Run(target)
-        lines = [_student(run, n, protocol) for n in (steps or run.study.steps())]
+        lines = _students(run, steps or run.study.steps(), protocol)
         if not teacher:
             return lines, []
         known = _card(run.study.teacher, run.study.guidance, said)
@@ -66,6 +67,9 @@ def _rows(
             *(_guided(run.study.teacher, run.study.guided(run.study.roles["teacher"]), n, protocol) for n in missing),
             *lines,
         ], known
+    if is_export(target):
+        exported = Exported(target)
+        return _students(exported, steps or exported.counts, protocol), []
     if str(target).startswith("zoo:") or (target / "model_index.json").exists():
         return [_plain(str(target), n, protocol) for n in (steps or TEACHER_STEPS)], []
     if target.is_dir():
@@ -76,8 +80,11 @@ def _rows(
     raise ValueError(f"{target} is neither a run, a Diffusers folder nor a folder of images; name one of these")
 
 
-def _student(run: Run, n: int, protocol: Protocol) -> Row:
-    return Row("student", n, lambda prompts: run.sample(prompts, n, protocol.seed, bar=f"student, {n} steps"))
+def _students(student: Run | Exported, steps: Sequence[int], protocol: Protocol) -> list[Row]:
+    def row(n: int) -> Row:
+        return Row("student", n, lambda prompts: student.sample(prompts, n, protocol.seed, bar=f"student, {n} steps"))
+
+    return [row(n) for n in steps]
 
 
 def _guided(teacher: Teacher, denoiser: Denoiser | Guided, n: int, protocol: Protocol) -> Row:

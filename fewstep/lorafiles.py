@@ -45,7 +45,7 @@ def choose(teacher: Teacher, kind: Full | Lora, form: str | None, layout: str | 
         raise ValueError(f"a PEFT folder holds one network's LoRA and {pipeline} has two here; export with layout='diffusers'")
     if phases > 1 and names.reader != "diffusers":
         raise ValueError(
-            f"a student of {phases} experts runs by {mixture.PIPELINE.name}, which does not read the layout {names.layout!r}; "
+            f"a student of {phases} experts runs by {mixture.PIPELINE}, which does not read the layout {names.layout!r}; "
             "export it with " + ("layout='diffusers'" if loads else "form='full'")
         )
     return form, names

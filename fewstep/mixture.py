@@ -1,12 +1,11 @@
-"""Names on disk of an exported student of several experts: a LoRA or a network each, and the pipeline that hands over."""
+"""Names on disk of an exported student of several experts: a LoRA or a network each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-PIPELINE = Path(__file__).with_name("phased.py")  # copied into the export as it is
+PIPELINE = "phased.py"  # what hands over between them
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 

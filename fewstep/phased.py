@@ -1,13 +1,11 @@
-"""Draws pictures with a student of several experts: `python phased.py EXPORT --prompt TEXT [--base TEACHER]`.
+"""A student of several experts: `phased.load(EXPORT)` is a stock pipeline that hands over to the next at the trained times.
 
-Imports Diffusers and nothing of fewstep: this is what a deployer copies, and every export of such a student has it inside.
-`load` makes a stock pipeline whose network hands over to the next expert at the times it was trained to; a LoRA export needs its
-teacher's pipeline as base (a folder or a hub id), a full export does not.
+Imports Diffusers and nothing of fewstep: this is what a deployer copies, and every export of such a student has it inside. A
+LoRA export needs its teacher's pipeline as base (a folder or a hub id), a full export does not.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import inspect
 import json
@@ -83,32 +81,3 @@ def _follower(net: Any, expert: Any) -> Network:
         return expert.to(net.device, net.dtype)(*args, **kwargs)
 
     return answer
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("export", type=Path)
-    parser.add_argument("--prompt", action="append", required=True)
-    parser.add_argument("--base")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("pictures"))
-    args = parser.parse_args()
-    facts = json.loads((args.export / "fewstep.json").read_text("utf-8"))
-    try:
-        pipe = load(args.export, args.base)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    call = facts["call"] | ({"num_inference_steps": args.steps} if args.steps else {})
-    if "sigmas" in call:
-        call["sigmas"] = [1 - i / call["num_inference_steps"] for i in range(call["num_inference_steps"])]
-    # Torch's own generator: some pipelines hand their scheduler none, and it draws from that one.
-    pictures = pipe(prompt=args.prompt, generator=torch.manual_seed(args.seed), **call).images
-    args.out.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
-        picture.save(args.out / f"{i:03d}.png")
-    print(f"{len(pictures)} pictures in {args.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PIPELINE = Path(__file__).with_name("phased.py")  # what runs a student of several experts
+PIPELINES = ("phased.py", "told.py")  # what runs students that no stock pipeline does; they lie beside this file
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-FORMAT = 2  # of fewstep.json
+FORMAT = 3  # of fewstep.json
 PIXELS = 1e-4  # largest difference from the reference, of pixels in [0, 1]
 SAME = 1e-6  # the same where both come from stock Diffusers
 
@@ -66,11 +66,11 @@ def prove(folder: Path, teacher: str, scratch: Path) -> list[Check]:
         return value
 
     check("no pickles", _no_pickles, folder)
-    facts = check("files", _files, folder)
+    facts = check("files", read, folder)
     if facts is None:
         return checks
     lora = facts.get("lora")
-    if "experts" in facts and check("pipeline", _own_pipeline, folder) is None:
+    if facts["runs_by"] and check("pipeline", own_pipeline, folder, facts["runs_by"]) is None:
         return checks
     if lora and check("teacher", _teacher, facts, teacher) is None:
         return checks
@@ -88,7 +88,7 @@ def prove(folder: Path, teacher: str, scratch: Path) -> list[Check]:
             check(f"pixels at {n}", _pixels, drawn[1], reference, n)
     if drawn is not None:  # in the most steps, where the most noise is drawn
         again = check("same seed, same picture", _again, drawn[1], pipe, facts, reference, n)
-        if lora and again is not None and lora["reader"] != "keys" and "experts" not in facts:
+        if lora and again is not None and lora["reader"] != "keys" and not facts["runs_by"]:
             check("same picture without the LoRA's metadata", _blind, drawn[1], folder, scratch, pipe, facts, reference, n)
     return checks
 
@@ -100,7 +100,7 @@ def _no_pickles(folder: Path) -> str:
     return ""
 
 
-def _files(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
     """The facts of an export whose files can all be read."""
     from safetensors import SafetensorError, safe_open
 
@@ -113,7 +113,8 @@ def _files(folder: Path) -> dict[str, Any]:
     wanted = ["reference.safetensors", "README.md", "scheduler/scheduler_config.json"]
     experts = [file for file in facts.get("experts", {}).get("files", {}).values() if file]
     wanted += experts or [lora["file"] for lora in (strength.each(facts).values() if facts["form"] == "lora" else ())]
-    wanted += ["model_index.json"] * (facts["form"] == "full") + [PIPELINE.name] * bool(experts)
+    wanted += ["model_index.json"] * (facts["form"] == "full") + [facts["runs_by"]] * bool(facts["runs_by"])
+    wanted += [facts["ends"]["file"]] if "ends" in facts else []
     if missing := [f for f in wanted if not (folder / f).exists()]:
         raise Broken(f"{missing[0]} is missing; export again")
     for file in sorted(folder.rglob("*.safetensors")):
@@ -133,10 +134,10 @@ def _teacher(facts: dict[str, Any], teacher: str) -> str:
     return teacher
 
 
-def _own_pipeline(folder: Path) -> str:
+def own_pipeline(folder: Path, name: str) -> str:
     """The pipeline of an export is code: only the one that lies beside this file is ever run."""
-    if (folder / PIPELINE.name).read_bytes() != PIPELINE.read_bytes():
-        raise Broken(f"{PIPELINE.name} is not the one this fewstep exports, and is not run; export again, or verify with that")
+    if name not in PIPELINES or (folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes():
+        raise Broken(f"{name} is not the one this fewstep exports, and is not run; export again, or verify with that")
     return ""
 
 
@@ -146,12 +147,12 @@ def load(folder: Path, facts: dict[str, Any], teacher: str) -> Any:
     import torch
 
     lora = facts.get("lora")
-    if "experts" in facts:
-        pipe = beside(PIPELINE.stem).load(folder, teacher if lora else None)
+    if facts["runs_by"]:
+        pipe = beside(Path(facts["runs_by"]).stem).load(folder, *([teacher] if lora else []))
     else:
         kind = getattr(diffusers, facts["pipeline"])
         pipe = kind.from_pretrained(teacher if lora else folder, torch_dtype=torch.float32)
-    if lora and "experts" not in facts:
+    if lora and not facts["runs_by"]:
         strength.attach(pipe, folder, facts)
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         pipe.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(folder, subfolder="scheduler")

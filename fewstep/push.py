@@ -64,10 +64,14 @@ def pack(folder: Path | str, hub_id: str) -> Parcel:
     if links := [part for f, part in parts.items() if f.is_symlink()]:
         raise ValueError(f"{links[0]} is a link, and no part of an export; take it out of {folder}")
     card = (folder / "README.md").read_text("utf-8")
-    here = r"^folder = .*?(  # where this folder lies.*)$"
-    return Parcel(
-        folder, hub_id, tuple(files), re.sub(here, f"folder = {hub_id!r}", card, flags=re.M), tuple(_notes(facts, card))
-    )
+    here = r"^folder = .*?  # where this folder lies(, or its hub id)?$"
+
+    def there(line: re.Match[str]) -> str:
+        """What takes no hub id, the lines that import the export's own pipeline, takes the folder that a download made."""
+        fetched = f"from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({hub_id!r})"
+        return f"folder = {hub_id!r}" if line[1] else fetched
+
+    return Parcel(folder, hub_id, tuple(files), re.sub(here, there, card, flags=re.M), tuple(_notes(facts, card)))
 
 
 def _notes(facts: dict[str, Any], card: str) -> list[str]:

@@ -72,6 +72,11 @@ class Rows:
 
     streams: tuple[Stream, ...]
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Where the rows come from: a stock pipeline that is given these draws the same noise."""
+        return [s._noise for s in self.streams]
+
     def normal(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal noise (B, *S), row i from stream i."""
         return torch.stack([s.normal(tuple(shape[1:]), dtype) for s in self.streams])

@@ -42,7 +42,7 @@ def verify(folder: Path | str, teacher_path: str | None = None) -> Report:
     folder = Path(folder).resolve()
     if not (folder / "fewstep.json").is_file():
         raise ValueError(f"{folder} is not a fewstep export (it has no fewstep.json); `fewstep export RUN --to DIR` makes one")
-    teacher = _teacher(folder, teacher_path)
+    teacher = base_of(folder, teacher_path)
     with tempfile.TemporaryDirectory(prefix="fewstep-verify-") as scratch:
         ran = subprocess.run(
             [sys.executable, "-I", str(PROOF), str(folder), teacher, scratch],
@@ -60,8 +60,9 @@ def verify(folder: Path | str, teacher_path: str | None = None) -> Report:
     return Report(all(c.ok for c in checks), checks)
 
 
-def _teacher(folder: Path, given: str | None) -> str:
-    """What stock Diffusers loads a LoRA on: a local folder or a hub id; "" for a full export."""
+def base_of(folder: Path, given: str | None = None) -> str:
+    """What stock Diffusers loads a LoRA on, a local folder or a hub id; "" for a full export. given: where that lies now, if not
+    where it was. Raises ValueError if it is not there."""
     try:
         facts = json.loads((folder / "fewstep.json").read_text("utf-8"))
         recorded = facts["teacher"]["path"] if facts["form"] == "lora" else None

@@ -8,12 +8,11 @@ from diffusers import StableDiffusionPipeline
 from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
 from toys import NOTHING, SCHEDULES, times
 
-from fewstep import embedders
+from fewstep import embedders, proof
 from fewstep.adapters import load_teacher
 from fewstep.denoiser import Denoiser, Guided
 from fewstep.export import export
 from fewstep.networks import Full, build
-from fewstep.verify import verify
 
 BOTH = (embedders.GUIDANCE, embedders.END)
 T = times(0.999, 0.5, 0.25)
@@ -111,9 +110,9 @@ def test_a_teacher_that_takes_the_scale_is_one_pass(teachers, tmp_path):
     torch.testing.assert_close(again.denoiser(student, 2.5)(*ask).eps, guided(*ask).eps)
 
 
-@pytest.mark.parametrize("name, inputs", [("sd", (embedders.END,)), ("zimage", BOTH), ("ddpm", (embedders.END,))])
+@pytest.mark.parametrize("name, inputs", [("sd", (embedders.END,)), ("sd", BOTH), ("zimage", BOTH), ("ddpm", (embedders.END,))])
 def test_the_one_jump_of_a_one_step_student_is_exported(name, inputs, teachers, tmp_path):
-    """Stock Diffusers draws, in a process of its own, what the student draws whose jump ends at the clean end."""
+    """Stock Diffusers draws what the student draws whose jump ends at the clean end."""
     teacher, kind = teachers[name], Full(inputs)
     role = build(copy.deepcopy(teacher.net), {"student": kind}, lora_targets=())["student"]
     weights = {k: p.detach() + 0.02 * torch.randn_like(p) for k, p in role.weights().items()}
@@ -124,18 +123,9 @@ def test_the_one_jump_of_a_one_step_student_is_exported(name, inputs, teachers, 
     assert torch.equal(told(*ask).x0, told(*ask, r=torch.zeros_like(T)).x0)
     assert not torch.equal(told(*ask).x0, told(*ask, r=T / 2).x0)
     export(teacher, kind, weights, sampler="ddim", steps=1, to=tmp_path / "one", record={}, guidance=2.5)
-    report = verify(tmp_path / "one")
-    assert report.ok, report
+    assert not [c for c in proof.prove(tmp_path / "one", "", tmp_path) if not c["ok"]]
     again = load_teacher(str(tmp_path / "one"))
-    torch.testing.assert_close(again.denoiser(again.net)(*ask).x0, told(*ask).x0, rtol=1e-4, atol=1e-4)
-
-
-def test_several_jumps_cannot_be_exported(teachers, tmp_path):
-    kind = Full((embedders.END,))
-    role = build(copy.deepcopy(teachers["sd"].net), {"student": kind}, lora_targets=())["student"]
-    with pytest.raises(ValueError, match="of 4 steps takes the end of its jump, which no stock pipeline would tell it"):
-        export(teachers["sd"], kind, role.weights(), sampler="ddim", steps=4, to=tmp_path / "no", record={})
-    assert not (tmp_path / "no").exists()
+    torch.testing.assert_close(again.denoiser(again.net, 2.5)(*ask).x0, told(*ask).x0, rtol=1e-4, atol=1e-4)
 
 
 def test_a_network_with_a_hidden_time_embedding_is_refused():

@@ -14,7 +14,7 @@ MATH = {"schedules", "losses", "divergences", "stream"}
 DENOISER = MATH | {"denoiser"}
 PARTS = {"sampling", "times", "taps", "heads", "experts", "matched", "tangents"}
 TEACHER = {"families", "folders", "shapes", "deploy", "adapters", "weightless"}
-SIDE_DOORS = TEACHER | {"storage", "networks", "data", "card", "loraformat", "lorafiles", "mixture", "phased", "strength"}
+SIDE_DOORS = TEACHER | {"storage", "networks", "data", "card", "loraformat", "lorafiles", "mixture", "phased", "told", "strength"}
 SIDE_DOORS |= {"proof", "export"}
 LOOP = {"trainer", "ema", "checkpoint", "optimizers", "advice", "costs", "monitor", "progress"}
 COMMANDS = {"plan", "forecast", "drawing", "judging", "listing", "doctor", "push", "demo"}
@@ -63,13 +63,15 @@ MAY_IMPORT = {
     "loraformat": {"keymaps"},
     "lorafiles": DENOISER | PARTS | TEACHER | {"networks", "loraformat", "mixture"},
     "mixture": set(),
-    "phased": set(),  # what an export takes along: it knows Diffusers alone
+    "phased": set(),  # what exports take along: it knows Diffusers alone
+    "told": set(),  # as phased
     "strength": set(),  # as proof
     "proof": set(),  # runs where fewstep cannot be imported
     "painting": DENOISER | PARTS | TEACHER | {"progress"},
     "card": DENOISER | PARTS | TEACHER | {"loraformat"},
     "export": DENOISER | PARTS | SIDE_DOORS | {"embedders", "slim"},
     "verify": DENOISER | PARTS | SIDE_DOORS,
+    "exported": {"proof", "verify", "families", "progress", "stream"},
     # the judge: sees pictures, not how they were trained
     "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress", "hints"},
     # the embedded world is free of the framework; the programs that made its teachers are not
@@ -91,8 +93,8 @@ MAY_IMPORT = {
     # what the commands do
     "plan": {"config", "weightless", "api"},
     "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "api"},
-    "drawing": {"api", "data", "evaluation"},
-    "judging": {"api", "adapters", "data", "denoiser", "evaluation", "painting", "stages", "zoo"},
+    "drawing": {"api", "data", "evaluation", "exported"},
+    "judging": {"api", "adapters", "exported", "data", "denoiser", "evaluation", "painting", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),
     "push": set(),

@@ -159,4 +159,4 @@ def test_a_run_of_phased_dmd_exports_and_is_verified(root, tmp_path):
 
 def test_the_sampler_of_the_repository_is_the_file_that_exports_carry(root):
     here = Path(__file__).parents[1] / "samplers" / "phased.py"
-    assert here.read_bytes() == mixture.PIPELINE.read_bytes() == (root / "sd-lora" / "phased.py").read_bytes()
+    assert here.read_bytes() == Path(phased.__file__).read_bytes() == (root / "sd-lora" / "phased.py").read_bytes()

@@ -14,6 +14,10 @@ from fewstep.push import pack, send
 CARD = "---\nlicense: mit\n---\n\n```python\nfolder = 'out'  # where this folder lies, or its hub id\n```\n"
 
 
+# so its snippet says where nothing but a folder will do
+OWN = CARD.replace(", or its hub id", "")
+
+
 class Hub:
     """A hub in memory: repository -> file -> bytes. It stands in for HfApi, whose methods it has."""
 
@@ -179,3 +183,8 @@ def test_a_run_is_exported_and_then_pushed(hub, out, monkeypatch):
     monkeypatch.setattr("fewstep.api.Run", Run)
     assert command(monkeypatch, run, "me/four", "--yes") == 0
     assert "fewstep.json" in hub.repositories["me/four"]
+
+
+def test_the_card_of_an_export_with_its_own_pipeline_downloads_it(out):
+    (out / "README.md").write_text(OWN)
+    assert "snapshot_download\n\nfolder = snapshot_download('me/four')\n" in pack(out, "me/four").card

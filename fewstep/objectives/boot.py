@@ -25,8 +25,8 @@ class Boot(Objective):
     starts at e; y_s is learned from y_t and the teacher at x_t = alpha_t y_t + sigma_t e, y_1 from the teacher's first guess.
     Prompts only: no data, no trajectories.
 
-    delta: t - s (a 25th to a 50th of the range in the paper). boundary: weight of the first guess's loss. steps: 1 is what
-    it is for; between its ends such a student tells signals, not pictures. Deviations: for the signal at t the student is fed the
+    delta: t - s (a 25th to a 50th of the range in the paper). boundary: weight of the first guess's loss. steps: 1 alone, for
+    between its ends such a student tells signals, not pictures. Deviations: for the signal at t the student is fed the
     number of the time 1 - t / 2, so that the picture y_0 is told at the noise end, where one deployed step of a stock pipeline
     asks (the paper feeds t itself); the step is weighted by 1 / (1 - e^(l_s - l_t))^2, so that its
     size does not matter; the solver is of first order (the default of the paper).

@@ -21,8 +21,8 @@ class TCD(Objective):
     TSCD (Hyper-SD, arXiv 2404.13686, algorithm 1).
 
     steps, solver_steps, huber, guidance, average: as in `consistency`. segments: 1 is TCD; it must divide `steps`.
-    end_input: the network is told the end (TCD's "S+"), without which no student can meet every end at once; sampled by fewstep
-    only, since no stock pipeline tells it. order: of the teacher's solver; 2 asks it twice a step. Images (latents) are needed.
+    end_input: the network is told the end (TCD's "S+"), without which no student can meet every end at once; its export has the
+    pipeline that tells it, `told.py`. order: of the teacher's solver; 2 asks it twice a step. Images (latents) are needed.
     Of the two only the teacher's order is a choice: the student's jumps are of first order (the papers' default). TCF(2) asks the
     student again at the middle of a jump's log-SNR, which a jump to clean data has not, nor one from pure noise on a path that
     ends there (flow): of one step on VP, or two on flow, none would be of second order. The nearest stock one, KDPM2Discrete

@@ -1,0 +1,61 @@
+"""An export as it is deployed: its own pipeline draws, where a run would be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep import proof
+from fewstep.families import family_of
+from fewstep.progress import track
+from fewstep.stream import rows
+from fewstep.verify import base_of
+
+BATCH = 64
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is what `fewstep export` wrote."""
+    return (folder / "fewstep.json").is_file()
+
+
+class Exported:
+    """The pipeline of an export, in float32 on the CPU. Raises ValueError where the folder, or a LoRA's teacher, is not whole."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        try:
+            self.facts: dict[str, Any] = proof.read(self.folder)
+            if self.facts["runs_by"]:
+                proof.own_pipeline(self.folder, self.facts["runs_by"])
+            self.pipe = proof.load(self.folder, self.facts, base_of(self.folder))
+        except proof.Broken as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The step counts that were proved."""
+        return tuple(sorted(map(int, self.facts["times"])))
+
+    def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
+        """The student's pictures uint8 (n, h, w, 3), of a video its middle frame, from the noise that its run would draw them
+        from. Raises ValueError for a step count in which it does not draw."""
+        steps = steps or self.facts["steps"]
+        if self.counts == (1,) and steps > 1:
+            raise ValueError(f"{self.folder} draws in one step alone, not in {steps}; leave --steps away")
+        family, parts = family_of(self.facts["base_pipeline"]), []
+        for start in track(range(0, len(prompts), BATCH), bar, len(prompts), each=BATCH, active=bool(bar)):
+            part = list(prompts[start : start + BATCH])
+            noise = rows(seed, start, start + len(part)).generators
+            call = {**self.facts["call"], **family.ask(self.pipe, part), "num_inference_steps": steps}
+            call |= family.spacing(self.facts["sampler"], steps)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + start)  # some pipelines hand their scheduler no generator, and it draws from this one
+                drawn = self.pipe(**call, generator=noise, output_type="np")
+            images = drawn.images if "images" in drawn else drawn.frames[:, drawn.frames.shape[1] // 2]
+            parts.append((images * 255).round().astype(np.uint8))
+        return np.concatenate(parts)

@@ -1,0 +1,1 @@
+../fewstep/told.py
