@@ -5,8 +5,9 @@ that every test goes through the Denoiser that real networks use.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from fewstep.heads import KINDS, Discriminator
 from fewstep.objectives import Batch, Nets, Objective
 from fewstep.sampling import STEPS, Step, renoise, sample, uniform_grid
 from fewstep.schedules import EDM, DiscreteVP, NoiseSchedule, RectifiedFlow, TrigFlow, like
-from fewstep.stream import stream
+from fewstep.stream import Stream, stream
 from fewstep.taps import Taps
 
 NOTHING = Cond({})
@@ -411,6 +412,41 @@ class Quadrature:
     def mean(self, term: Tensor) -> Tensor:
         """The expectation of a per-sample term (B,)."""
         return (self.weights * term).sum()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A Stream in float64 that draws what several processes draw, each for n samples, end to end: one process's draws for all of
+    their samples. A draw for k batches at once has its k parts joined apart."""
+
+    streams: tuple[Stream, ...]
+    n: int
+
+    @cached_property
+    def shared(self) -> Stream:
+        return self.streams[0].shared  # the same one on every process
+
+    def child(self, name: int | str) -> "Joined":
+        return Joined(tuple(s.child(name) for s in self.streams), self.n)
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+        return self._joined(lambda s, n: s.normal((n, *shape[1:]), torch.float64), shape[0])
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        return self.normal(x.shape)
+
+    def uniform(self, n: int) -> Tensor:
+        return self._joined(Stream.uniform, n)
+
+    def gaussian(self, n: int) -> Tensor:
+        return self._joined(Stream.gaussian, n)
+
+    def integers(self, high: int, n: int) -> Tensor:
+        return self._joined(lambda s, n: s.integers(high, n), n)
+
+    def _joined(self, draw: Callable[[Stream, int], Tensor], n: int) -> Tensor:
+        parts = [draw(s, n // len(self.streams)).unflatten(0, (-1, self.n)) for s in self.streams]
+        return torch.cat(parts, 1).flatten(0, 1)
 
 
 def game(
