@@ -287,7 +287,7 @@ class ToyHeads(nn.Module):
 
 @dataclass(frozen=True)
 class World:
-    """A ring of six modes in the plane, an exact teacher on the straight path, and players that start as copies of it."""
+    """A ring of eight modes in the plane, an exact teacher on the straight path, and players that start as copies of it."""
 
     nets: Nets
     players: dict[str, nn.Module]
@@ -314,8 +314,8 @@ class World:
 
 def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     """The world for an objective, with the grid and the step its student is deployed with."""
-    angles = torch.arange(6) * (2 * np.pi / 6)
-    truth = Mixture(torch.stack([angles.cos(), angles.sin()], -1), 0.1, torch.full((6,), 1 / 6))
+    angles = torch.arange(8) * (2 * np.pi / 8)
+    truth = Mixture(torch.stack([angles.cos(), angles.sin()], -1), 0.1, torch.full((8,), 1 / 8))
     schedule = RectifiedFlow()
     base = Exact(truth, schedule, "flow")
     needs, grid = objective.needs, uniform_grid(objective.steps)
@@ -349,12 +349,17 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     return World(Nets(teacher=guided, grid=grid, step=step, **roles), players, truth, pairs)
 
 
-def play(objective: Objective, world: World, rounds: int, batch: int, lr: float, seed: int = 0) -> None:
-    """The trainer in miniature: turns in order, one Adam a player, all draws from (seed, round, turn)."""
+def play(
+    objective: Objective, world: World, rounds: int, batch: int, lr: float, seed: int = 0, schedule: str = "constant"
+) -> None:
+    """The trainer in miniature: turns in order, one Adam a player, all draws from (seed, round, turn); cosine: the student's
+    rate falls to zero."""
     optimizers = {name: torch.optim.Adam(net.parameters(), lr=lr, fused=True) for name, net in world.players.items()}
     first = {name: copy.deepcopy(world.players[name].state_dict()) for name in objective.needs.restarts}
     torch.manual_seed(seed)  # for the data
     for round_ in range(rounds):
+        if schedule == "cosine":
+            optimizers["student"].param_groups[0]["lr"] = lr * (1 + np.cos(np.pi * round_ / rounds)) / 2
         for i, turn in enumerate(objective.round(round_)):
             for name, net in world.players.items():
                 net.requires_grad_(name in turn.movers)

@@ -23,15 +23,16 @@ AT_REST = {"decoupled", "diff_instruct", "dmd", "sid", "sim", "uni_instruct", "v
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
 ROUNDS = {
+    "adversarial": 300,
     "annealed_reflow": 250,
     "adversarial_distance": 200,
     "boot": 250,
     "consistency": 600,
-    "decoupled": 320,
-    "diff_instruct": 300,
-    "dmd": 400,
-    "dmd1": 400,
-    "f_distill": 330,
+    "decoupled": 280,
+    "diff_instruct": 240,
+    "dmd": 300,
+    "dmd1": 800,
+    "f_distill": 280,
     "flow_guided": 150,
     "meanflow": 300,
     "phased_dmd": 300,
@@ -45,9 +46,24 @@ ROUNDS = {
     "sim": 250,
     "twinflow": 250,
     "uni_instruct": 250,
-    "vsd": 400,
+    "vsd": 320,
 }
 
+# How many times nearer the teacher they come at least, in sliced Wasserstein distance, and at which rate of learning, which falls
+# to zero. The others, which learn steps of the teacher's, are held to twice as near, at a constant 2e-3.
+MATCHING = {
+    "adversarial": (5, 2e-2),
+    "decoupled": (5, 2e-2),
+    "diff_instruct": (5, 2e-2),
+    "dmd": (5, 2e-2),
+    "dmd1": (4, 1e-2),  # its critic has one turn to the student's one: 7.2 and 5.2 times nearer over two seeds
+    "f_distill": (5, 2e-2),
+    "phased_dmd": (2.5, 2e-2),  # its two steps begin at half the distance of one, and it stays at 3 from 150 rounds a phase on
+    "sid": (5, 2e-2),
+    "sim": (5, 2e-2),
+    "uni_instruct": (5, 2e-2),
+    "vsd": (5, 2e-2),
+}
 
 # These make a step cheaper, not steps fewer.
 SAME_STEPS = {"guidance"}
@@ -190,15 +206,16 @@ def test_equal_players_are_at_rest(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(objectives()) - SAME_STEPS))
-def test_it_improves_a_world_of_six_modes(name):
-    """One step, where the teacher draws its mean only, or one a phase; over two seeds dmd came 3.7 times nearer, consistency
-    3.0, at least; over three, sid 3.3 and sim 3.4."""
+def test_it_improves_a_world_of_eight_modes(name):
+    """T27. One step, where the teacher draws its mean only, or one a phase; those with a factor of 5 came
+    6.3 (sim) to 8.3 times nearer (adversarial), phased_dmd 3.1."""
     objective = replace(made(name, steps=made(name).needs.phases), **ONE_STEP.get(name, {}))
     world = ring(objective)
     goal = world.many_steps()
     before = sliced_w2(world.sampled(), goal)
-    play(objective, world, ROUNDS.get(name, 500), 128, 2e-3)
-    assert sliced_w2(world.sampled(), goal) < before / 2
+    factor, rate = MATCHING.get(name, (2, 2e-3))
+    play(objective, world, ROUNDS.get(name, 500), 128, rate, schedule="cosine" if name in MATCHING else "constant")
+    assert sliced_w2(world.sampled(), goal) < before / factor
 
 
 @every
