@@ -28,7 +28,7 @@ def example(tmp_path, monkeypatch):
     return objectives()["knowledge"]
 
 
-def test_the_example_improves_a_world_of_six_modes(example):
+def test_the_example_improves_a_world_of_eight_modes(example):
     world = ring(example())
     goal = world.many_steps()
     before = sliced_w2(world.sampled(), goal)

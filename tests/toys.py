@@ -5,8 +5,9 @@ that every test goes through the Denoiser that real networks use.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from fewstep.heads import KINDS, Discriminator
 from fewstep.objectives import Batch, Nets, Objective
 from fewstep.sampling import STEPS, Step, renoise, sample, uniform_grid
 from fewstep.schedules import EDM, DiscreteVP, NoiseSchedule, RectifiedFlow, TrigFlow, like
-from fewstep.stream import stream
+from fewstep.stream import Stream, stream
 from fewstep.taps import Taps
 from fewstep.weighting import Weighting
 
@@ -287,7 +288,7 @@ class ToyHeads(nn.Module):
 
 @dataclass(frozen=True)
 class World:
-    """A ring of six modes in the plane, an exact teacher on the straight path, and players that start as copies of it."""
+    """A ring of eight modes in the plane, an exact teacher on the straight path, and players that start as copies of it."""
 
     nets: Nets
     players: dict[str, nn.Module]
@@ -314,8 +315,8 @@ class World:
 
 def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     """The world for an objective, with the grid and the step its student is deployed with."""
-    angles = torch.arange(6) * (2 * np.pi / 6)
-    truth = Mixture(torch.stack([angles.cos(), angles.sin()], -1), 0.1, torch.full((6,), 1 / 6))
+    angles = torch.arange(8) * (2 * np.pi / 8)
+    truth = Mixture(torch.stack([angles.cos(), angles.sin()], -1), 0.1, torch.full((8,), 1 / 8))
     schedule = RectifiedFlow()
     base = Exact(truth, schedule, "flow")
     needs, grid = objective.needs, uniform_grid(objective.steps)
@@ -351,12 +352,17 @@ def ring(objective: Objective, dtype: torch.dtype | None = None) -> World:
     return World(Nets(teacher=guided, grid=grid, step=step, **roles), players, truth, pairs)
 
 
-def play(objective: Objective, world: World, rounds: int, batch: int, lr: float, seed: int = 0) -> None:
-    """The trainer in miniature: turns in order, one Adam a player, all draws from (seed, round, turn)."""
+def play(
+    objective: Objective, world: World, rounds: int, batch: int, lr: float, seed: int = 0, schedule: str = "constant"
+) -> None:
+    """The trainer in miniature: turns in order, one Adam a player, all draws from (seed, round, turn); cosine: the student's
+    rate falls to zero."""
     optimizers = {name: torch.optim.Adam(net.parameters(), lr=lr, fused=True) for name, net in world.players.items()}
     first = {name: copy.deepcopy(world.players[name].state_dict()) for name in objective.needs.restarts}
     torch.manual_seed(seed)  # for the data
     for round_ in range(rounds):
+        if schedule == "cosine":
+            optimizers["student"].param_groups[0]["lr"] = lr * (1 + np.cos(np.pi * round_ / rounds)) / 2
         for i, turn in enumerate(objective.round(round_)):
             for name, net in world.players.items():
                 net.requires_grad_(name in turn.movers)
@@ -414,6 +420,41 @@ class Quadrature:
     def mean(self, term: Tensor) -> Tensor:
         """The expectation of a per-sample term (B,)."""
         return (self.weights * term).sum()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A Stream in float64 that draws what several processes draw, each for n samples, end to end: one process's draws for all of
+    their samples. A draw for k batches at once has its k parts joined apart."""
+
+    streams: tuple[Stream, ...]
+    n: int
+
+    @cached_property
+    def shared(self) -> Stream:
+        return self.streams[0].shared  # the same one on every process
+
+    def child(self, name: int | str) -> "Joined":
+        return Joined(tuple(s.child(name) for s in self.streams), self.n)
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+        return self._joined(lambda s, n: s.normal((n, *shape[1:]), torch.float64), shape[0])
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        return self.normal(x.shape)
+
+    def uniform(self, n: int) -> Tensor:
+        return self._joined(Stream.uniform, n)
+
+    def gaussian(self, n: int) -> Tensor:
+        return self._joined(Stream.gaussian, n)
+
+    def integers(self, high: int, n: int) -> Tensor:
+        return self._joined(lambda s, n: s.integers(high, n), n)
+
+    def _joined(self, draw: Callable[[Stream, int], Tensor], n: int) -> Tensor:
+        parts = [draw(s, n // len(self.streams)).unflatten(0, (-1, self.n)) for s in self.streams]
+        return torch.cat(parts, 1).flatten(0, 1)
 
 
 def game(

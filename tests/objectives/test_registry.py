@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, Gaussian, denoiser, endpoint, game, gaussian, play, ring, sliced_w2
+from toys import NOTHING, SCHEDULES, Gaussian, Joined, denoiser, endpoint, game, gaussian, play, ring, sliced_w2
 
 from fewstep.config import parse
 from fewstep.experts import PhasedExperts
 from fewstep.objectives import Batch, objectives, register
 from fewstep.objectives.adversarial import Adversarial
 from fewstep.objectives.progressive import Progressive
+from fewstep.objectives.uni_instruct import UniInstruct
 from fewstep.sampling import uniform_grid
 from fewstep.stream import stream
 
@@ -22,15 +23,16 @@ AT_REST = {"decoupled", "diff_instruct", "dmd", "sid", "sim", "uni_instruct", "v
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
 ROUNDS = {
+    "adversarial": 300,
     "annealed_reflow": 250,
     "adversarial_distance": 200,
     "boot": 250,
     "consistency": 600,
-    "decoupled": 320,
-    "diff_instruct": 300,
-    "dmd": 400,
-    "dmd1": 400,
-    "f_distill": 330,
+    "decoupled": 280,
+    "diff_instruct": 240,
+    "dmd": 300,
+    "dmd1": 800,
+    "f_distill": 280,
     "flow_guided": 150,
     "meanflow": 300,
     "phased_dmd": 300,
@@ -44,9 +46,24 @@ ROUNDS = {
     "sim": 250,
     "twinflow": 250,
     "uni_instruct": 250,
-    "vsd": 400,
+    "vsd": 320,
 }
 
+# How many times nearer the teacher they come at least, in sliced Wasserstein distance, and at which rate of learning, which falls
+# to zero. The others, which learn steps of the teacher's, are held to twice as near, at a constant 2e-3.
+MATCHING = {
+    "adversarial": (5, 2e-2),
+    "decoupled": (5, 2e-2),
+    "diff_instruct": (5, 2e-2),
+    "dmd": (5, 2e-2),
+    "dmd1": (4, 1e-2),  # its critic has one turn to the student's one: 7.2 and 5.2 times nearer over two seeds
+    "f_distill": (5, 2e-2),
+    "phased_dmd": (2.5, 2e-2),  # its two steps begin at half the distance of one, and it stays at 3 from 150 rounds a phase on
+    "sid": (5, 2e-2),
+    "sim": (5, 2e-2),
+    "uni_instruct": (5, 2e-2),
+    "vsd": (5, 2e-2),
+}
 
 # These make a step cheaper, not steps fewer.
 SAME_STEPS = {"guidance"}
@@ -58,6 +75,9 @@ ONE_STEP = {"progressive": {"factor": 16}, "adversarial_distance": {"inner": Pro
 INNER = [name for name in objectives() if name != "adversarial"]
 HEADED = [name for name in INNER if "heads" in objectives()[name]().needs.roles]
 EVERY = [*objectives(), *(f"dmd2+{name}" for name in INNER), *(f"ladd+{name}" for name in INNER if name not in HEADED)]
+
+# Whose ratios average 1 over a process's own batch, not over all of them.
+BY_PROCESS = {"f_distill", "dmd2+f_distill", "uni_instruct-kl"}
 
 
 every = pytest.mark.parametrize("name", objectives())
@@ -113,6 +133,41 @@ def test_the_same_seed_gives_the_same_bits(name):
     assert name in SAME_STEPS or not all(torch.equal(first[k], other[k]) for k in first)
 
 
+@pytest.mark.parametrize("name", [*EVERY, "uni_instruct-kl"])
+def test_two_processes_are_one_on_the_joined_batch(name, request):
+    """T28: what they average is the gradient of one process that holds the samples of both, in every turn. Nothing of a batch
+    may be drawn or averaged a process apart."""
+    if name in BY_PROCESS:
+        request.applymarker(pytest.mark.xfail(strict=False, reason="ratios average 1 over a process's own batch"))
+    objective = made(name) if name in EVERY else Adversarial(inner=UniInstruct(steps=2, divergence="kl"))
+    world, n = ring(objective, torch.float64), 16
+    for net in world.players.values():
+        for weight in net.double().parameters():  # heads too; away from the start, where last layers are zero
+            weight.data += 0.2 * torch.randn_like(weight)
+
+    def found(turn, batch, key, *ranks):
+        """The movers' gradients in one vector."""
+        rng = Joined(tuple(stream(0, rank, *key) for rank in ranks), n)
+        weights = [p for mover in turn.movers for p in world.players[mover].parameters()]
+        grads = torch.autograd.grad(turn.loss(world.nets, batch, rng).total, weights, materialize_grads=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in grads])
+
+    for round_ in sorted({0, objective.needs.rounds - 1}):  # the last phase, where there are several
+        for i, turn in enumerate(objective.round(round_)):
+            for player, net in world.players.items():
+                net.requires_grad_(player in turn.movers)
+            whole = world.batch(2 * n)
+            latents, noise = (None if x is None else x.double() for x in (whole.latents, whole.noise))
+            halves = [
+                replace(whole, shape=(n, 2), latents=latents[part], noise=None if noise is None else noise[part])
+                for part in (slice(n), slice(n, None))
+            ]
+            one = found(turn, replace(whole, latents=latents, noise=noise), (round_, i), 0, 1)
+            two = [found(turn, half, (round_, i), rank) for rank, half in enumerate(halves)]
+            assert one.abs().max() > 0
+            torch.testing.assert_close(sum(two) / 2, one, rtol=1e-8, atol=1e-8 * one.abs().max().item())
+
+
 @judged
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_finite_and_not_zero(name, dtype):
@@ -151,15 +206,16 @@ def test_equal_players_are_at_rest(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(objectives()) - SAME_STEPS))
-def test_it_improves_a_world_of_six_modes(name):
-    """One step, where the teacher draws its mean only, or one a phase; over two seeds dmd came 3.7 times nearer, consistency
-    3.0, at least; over three, sid 3.3 and sim 3.4."""
+def test_it_improves_a_world_of_eight_modes(name):
+    """T27. One step, where the teacher draws its mean only, or one a phase; those with a factor of 5 came
+    6.3 (sim) to 8.3 times nearer (adversarial), phased_dmd 3.1."""
     objective = replace(made(name, steps=made(name).needs.phases), **ONE_STEP.get(name, {}))
     world = ring(objective)
     goal = world.many_steps()
     before = sliced_w2(world.sampled(), goal)
-    play(objective, world, ROUNDS.get(name, 500), 128, 2e-3)
-    assert sliced_w2(world.sampled(), goal) < before / 2
+    factor, rate = MATCHING.get(name, (2, 2e-3))
+    play(objective, world, ROUNDS.get(name, 500), 128, rate, schedule="cosine" if name in MATCHING else "constant")
+    assert sliced_w2(world.sampled(), goal) < before / factor
 
 
 @every

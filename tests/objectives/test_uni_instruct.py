@@ -166,7 +166,7 @@ def test_impossible_options_are_refused(options):
         UniInstruct(**options)
 
 
-def test_with_learning_heads_it_improves_a_world_of_six_modes():
+def test_with_learning_heads_it_improves_a_world_of_eight_modes():
     objective = Adversarial(inner=UniInstruct(divergence="jeffreys"), judge_weight=1.0)
     torch.manual_seed(0)
     world = ring(objective)
