@@ -26,7 +26,7 @@ class Weighting(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.linear(waves(t).to(self.linear.weight.device, non_blocking=True)).squeeze(1)
+        return self.linear(waves(t).to(self.linear.weight, non_blocking=True)).squeeze(1)
 
 
 def weighting_role(wanted: Iterable[str]) -> dict[str, Role]:

@@ -5,9 +5,12 @@ that every test goes through the Denoiser that real networks use.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from fewstep.stream import Stream, stream
 from fewstep.taps import Taps
 from fewstep.weighting import Weighting
 
+T = TypeVar("T")
 NOTHING = Cond({})
 
 
@@ -455,6 +459,26 @@ class Joined:
     def _joined(self, draw: Callable[[Stream, int], Tensor], n: int) -> Tensor:
         parts = [draw(s, n // len(self.streams)).unflatten(0, (-1, self.n)) for s in self.streams]
         return torch.cat(parts, 1).flatten(0, 1)
+
+
+def side_by_side(run: Callable[[int, Callable[[Tensor], Tensor]], T], n: int = 2) -> list[T]:
+    """What n processes find that run at once: `run(rank, everywhere)`, with `Nets.everywhere` as the mean over all of them."""
+    said: list[list[Tensor]] = [[] for _ in range(n)]
+    barrier, turn = threading.Barrier(n, timeout=60), threading.Lock()  # one at a time, since they share their networks
+
+    def process(rank: int) -> T:
+        def everywhere(x: Tensor) -> Tensor:
+            said[rank].append(x.detach())
+            turn.release()
+            barrier.wait()
+            turn.acquire()
+            return torch.stack([one[len(said[rank]) - 1] for one in said]).mean(0)
+
+        with turn:
+            return run(rank, everywhere)
+
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(process, range(n)))
 
 
 def game(

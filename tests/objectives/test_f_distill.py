@@ -1,8 +1,6 @@
 """The ratio is the discriminator's own logit, and what it weighs is dmd's direction."""
 
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -20,6 +18,7 @@ from toys import (
     game,
     gaussian,
     ring,
+    side_by_side,
     times,
 )
 
@@ -141,20 +140,8 @@ def test_the_averages_are_those_of_all_processes():
     objective = FDistill(divergence="kl", bins=3)
     logits, t = 3 * stream(0, 0, 0, 0).normal((64, 2), torch.float64), stream(0, 0, 0, 1).uniform(64)
     whole = objective.weights(logits, t, Tensor.detach)
-    said: list[list[Tensor]] = [[], []]
-    barrier = threading.Barrier(2, timeout=60)
-
-    def process(i: int) -> Tensor:
-        def everywhere(x: Tensor) -> Tensor:
-            said[i].append(x)
-            barrier.wait()
-            return sum(one[len(said[i]) - 1] for one in said) / 2
-
-        half = slice(32 * i, 32 * (i + 1))
-        return objective.weights(logits[half], t[half], everywhere)
-
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(process, range(2)))
+    halves = [slice(32), slice(32, None)]
+    parts = side_by_side(lambda rank, everywhere: objective.weights(logits[halves[rank]], t[halves[rank]], everywhere))
     torch.testing.assert_close(torch.cat(parts), whole)
     assert whole.mean().item() == pytest.approx(1)
 

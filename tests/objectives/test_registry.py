@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, Gaussian, Joined, denoiser, endpoint, game, gaussian, play, ring, sliced_w2
+from torch import Tensor
+from toys import NOTHING, SCHEDULES, Gaussian, Joined, denoiser, endpoint, game, gaussian, play, ring, side_by_side, sliced_w2
 
 from fewstep.config import parse
 from fewstep.experts import PhasedExperts
@@ -76,9 +77,6 @@ INNER = [name for name in objectives() if name != "adversarial"]
 HEADED = [name for name in INNER if "heads" in objectives()[name]().needs.roles]
 EVERY = [*objectives(), *(f"dmd2+{name}" for name in INNER), *(f"ladd+{name}" for name in INNER if name not in HEADED)]
 
-# Whose ratios average 1 over a process's own batch, not over all of them.
-BY_PROCESS = {"f_distill", "dmd2+f_distill", "uni_instruct-kl"}
-
 
 every = pytest.mark.parametrize("name", objectives())
 judged = pytest.mark.parametrize("name", EVERY)
@@ -134,22 +132,25 @@ def test_the_same_seed_gives_the_same_bits(name):
 
 
 @pytest.mark.parametrize("name", [*EVERY, "uni_instruct-kl"])
-def test_two_processes_are_one_on_the_joined_batch(name, request):
+def test_two_processes_are_one_on_the_joined_batch(name):
     """T28: what they average is the gradient of one process that holds the samples of both, in every turn. Nothing of a batch
     may be drawn or averaged a process apart."""
-    if name in BY_PROCESS:
-        request.applymarker(pytest.mark.xfail(strict=False, reason="ratios average 1 over a process's own batch"))
     objective = made(name) if name in EVERY else Adversarial(inner=UniInstruct(steps=2, divergence="kl"))
     world, n = ring(objective, torch.float64), 16
     for net in world.players.values():
         for weight in net.double().parameters():  # heads too; away from the start, where last layers are zero
             weight.data += 0.2 * torch.randn_like(weight)
 
-    def found(turn, batch, key, *ranks):
+    def found(turn, batch, key, *ranks, everywhere=Tensor.detach):
         """The movers' gradients in one vector."""
         rng = Joined(tuple(stream(0, rank, *key) for rank in ranks), n)
         weights = [p for mover in turn.movers for p in world.players[mover].parameters()]
-        grads = torch.autograd.grad(turn.loss(world.nets, batch, rng).total, weights, materialize_grads=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            turn.loss(replace(world.nets, everywhere=everywhere), batch, rng).total,
+            weights,
+            materialize_grads=True,
+            allow_unused=True,
+        )
         return torch.cat([g.flatten() for g in grads])
 
     for round_ in sorted({0, objective.needs.rounds - 1}):  # the last phase, where there are several
@@ -163,7 +164,7 @@ def test_two_processes_are_one_on_the_joined_batch(name, request):
                 for part in (slice(n), slice(n, None))
             ]
             one = found(turn, replace(whole, latents=latents, noise=noise), (round_, i), 0, 1)
-            two = [found(turn, half, (round_, i), rank) for rank, half in enumerate(halves)]
+            two = side_by_side(lambda rank, mean: found(turn, halves[rank], (round_, i), rank, everywhere=mean))  # noqa: B023
             assert one.abs().max() > 0
             torch.testing.assert_close(sum(two) / 2, one, rtol=1e-8, atol=1e-8 * one.abs().max().item())
 
