@@ -1,0 +1,74 @@
+"""Every objective on real networks: two rounds on tiny pipelines of three kinds of target, each once exported and proved."""
+
+from typing import Any
+
+import pytest
+from test_matrix import matrix
+
+from fewstep.objectives import objectives
+from fewstep.plain import made
+
+FAMILIES = ("sd", "sd21", "zimage")  # epsilon, v and flow; the second with gradient checkpointing
+
+# What the registry holds is run as it is but for these, which keep it cheap or give it something to learn in two rounds.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "annealed_reflow": {"anneal": 1},
+    "consistency": {"solver_steps": 16},  # where one step is a segment, a teacher without guidance is at rest
+    "guidance": {"steps": 4},
+    "phased_dmd": {"phase_rounds": 1},
+    "rcm": {"rollout_steps": 2},
+    "tcd": {"solver_steps": 16},
+}
+# Other methods under the same names.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lcm, full": {"name": "consistency", "steps": 2, "solver_steps": 16, "guidance": [1.0, 5.0], "average": 0.95},
+    "tcd, told its end": {
+        "name": "tcd", "steps": 2, "solver_steps": 16, "end_input": True, "order": 2, "sampler": "ddim",
+    },
+}  # fmt: skip
+# What is not exported, and what is said of it; everything else is, and proved.
+REFUSED = {"tcd, told its end": "takes the end of its jump, which no stock pipeline would tell it"}
+
+
+def trees() -> dict[str, dict[str, Any]]:
+    """An objective of a config for each name in the registry, of two steps where it can have some, and for each variant."""
+    found = {}
+    for name, kind in objectives().items():
+        fields = kind.__dataclass_fields__
+        tree: dict[str, Any] = {"name": name, **{k: 1 for k in ("critic_turns",) if k in fields}}
+        if "inner" in fields:
+            inner = "consistency" if name == "adversarial" else "progressive"
+            tree["inner"] = {"name": inner, "steps": 2, **OPTIONS.get(inner, {})}
+        elif fields["steps"].default > 1:
+            tree["steps"] = 2
+        found[name] = tree | OPTIONS.get(name, {})
+    return found | VARIANTS
+
+
+TREES = trees()
+CELLS = [(name, family) for name in TREES for family in FAMILIES]
+PROVED = {(name, FAMILIES[i % len(FAMILIES)]) for i, name in enumerate(TREES)}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teachers")
+    return {family: matrix.saved(family, root) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("name, family", CELLS, ids=" ".join)
+def test_it_trains_and_its_export_is_proved_or_refused(name, family, teachers, tmp_path):
+    """Updates are finite and move their movers alone (`matrix.learn`); as adapters, where its student may be one."""
+    tree = TREES[name]
+    needs = made(tree).needs
+    weights = "full" if needs.inputs else "lora"
+    config = matrix.config_of(family, tree, weights, teachers[family], tmp_path, checkpointing=family == "sd21")
+    run = matrix.learn(config, tmp_path / "run")
+    if (name, family) not in PROVED:
+        return
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            run.export(tmp_path / "out")
+        return
+    found = set(matrix.proved(run, tmp_path))
+    assert found >= {f"{what} at {n}" for what in ("times", "pixels") for n in (1, 2, 4)} | {"same seed, same picture"}
