@@ -87,6 +87,7 @@ def learn(config: Config, folder: Path) -> Run:
     watched: Any = Watched(config.objective, study)
     fit(Job(watched, study.roles, study.nets, source, config.train, folder, {"grid": study.grid, "sampler": study.sampler}))
     run = Run(folder)
+    run.study = study  # which has these very weights: no average is kept
     if not all(bool(torch.isfinite(v).all()) for v in run.weights.values()):
         raise ValueError("the student's weights are not finite")
     skipped = {k: v for k, v in checkpoint.load(run.place)[1]["skipped"].items() if v}

@@ -24,7 +24,7 @@ def whole(width: int) -> nn.Module:
         nn.GroupNorm(_groups(width), width),
         nn.SiLU(),
         nn.Conv2d(width, width, 4, 4),
-        nn.GroupNorm(_groups(width), width),
+        nn.GroupNorm(_groups(width, least=3), width),  # of a single place
         nn.SiLU(),
         nn.Conv2d(width, 1, 1),
     )
@@ -55,8 +55,10 @@ def averaged(width: int) -> nn.Module:
     )
 
 
-def _groups(width: int) -> int:
-    return next(n for n in range(min(32, width), 0, -1) if width % n == 0)
+def _groups(width: int, least: int = 1) -> int:
+    """The most groups, up to 32, of at least so many channels each. At a single place it takes three: the norm of one number is 0
+    and of two +-1, whatever they are, and nothing behind it would learn."""
+    return next(n for n in range(min(32, max(1, width // least)), 0, -1) if width % n == 0)
 
 
 class _Residual(nn.Module):

@@ -12,7 +12,7 @@ from toys import NOTHING
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.families import FAMILIES
-from fewstep.heads import KINDS, Discriminator, Heads
+from fewstep.heads import KINDS, Discriminator, Heads, averaged, tokenwise, whole
 from fewstep.networks import Full, Lora, build, heads_role
 from fewstep.taps import Taps, tapped, taps_of
 
@@ -229,3 +229,14 @@ def test_flux2s_image_is_what_its_last_layer_is_given():
     with torch.no_grad(), tapped(taps.blocks, stop=False) as found:
         known.call(net, x, T.float(), cond)
     assert torch.equal(taps.read(found, x, cond)[0].flatten(2).transpose(1, 2), given[0])
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 80])
+@pytest.mark.parametrize("head", [whole, tokenwise, averaged])
+def test_a_head_of_any_width_tells_what_it_listens_to_how_to_change(head, width):
+    """Features twice as large, or of other channels, change the logit: a norm of one or two numbers would swallow them."""
+    net, x = head(width), torch.randn(4, width, 8, 8, requires_grad=True)
+    (slope,) = torch.autograd.grad(net(x).sum(), x)
+    first = next(p for p in net.parameters())
+    (grad,) = torch.autograd.grad(net(x).mean(), first)
+    assert slope.abs().max() > 1e-5 and grad.abs().max() > 1e-5
