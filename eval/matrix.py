@@ -63,8 +63,11 @@ class Watched:
             yield turn  # the trainer makes the update
             after = self._weights()
             moved = {name for name in after if any(not torch.equal(after[name][k], before[name][k]) for k in after[name])}
-            if moved != set(turn.movers):
-                raise ValueError(f"round {step}, the {turn.player}'s turn: {sorted(moved)} moved, not {sorted(turn.movers)}")
+            wanted = {*turn.movers, *turn.followers}
+            if "student" in wanted and "average" in self.study.roles:
+                wanted.add("average")  # which follows it
+            if moved != wanted:
+                raise ValueError(f"round {step}, the {turn.player}'s turn: {sorted(moved)} moved, not {sorted(wanted)}")
 
     def _weights(self) -> dict[str, Mapping[str, torch.Tensor]]:
         found = {name: role.weights() for name, role in self.study.roles.items() if name != "teacher"}
@@ -84,6 +87,7 @@ def learn(config: Config, folder: Path) -> Run:
     watched: Any = Watched(config.objective, study)
     fit(Job(watched, study.roles, study.nets, source, config.train, folder, {"grid": study.grid, "sampler": study.sampler}))
     run = Run(folder)
+    run.study = study  # which has these very weights: no average is kept
     if not all(bool(torch.isfinite(v).all()) for v in run.weights.values()):
         raise ValueError("the student's weights are not finite")
     skipped = {k: v for k, v in checkpoint.load(run.place)[1]["skipped"].items() if v}
@@ -92,25 +96,37 @@ def learn(config: Config, folder: Path) -> Run:
     return run
 
 
-def prove(cell: Cell, teacher: Path, scratch: Path) -> list[str]:
-    """What the proof of a cell's export found, by name. Raises ValueError for whatever fails."""
-    family, objective, weights = cell
+def config_of(
+    family: str, objective: Mapping[str, Any], weights: str, teacher: Path, scratch: Path, checkpointing: bool = False
+) -> Config:
+    """Two rounds of an objective on a family's tiny pipeline. Raises ValueError where a config may not say that."""
     prompts = scratch / "prompts.txt"
     prompts.write_text("\n".join(words or "nothing" for words in family_of(pipeline_name(teacher)).examples))
     tree = {
         "teacher": {"path": str(teacher), "size": MAKERS[family][1], "guidance": 3.0},
         "student": {"weights": weights, "rank": 2},
         "critic": {"weights": weights, "rank": 2},
-        "objective": {"name": objective, **OBJECTIVES[objective]},
+        "objective": objective,
         # The teacher's own samples are the images: of video no others are read.
         "data": {"prompts": str(prompts), "pairs": 2, "pairs_steps": 2},
-        "train": {"rounds": 2, "batch": 2, "lr": 1e-3, "ema": 0.0, "device": "cpu"},
+        "train": {"rounds": 2, "batch": 2, "lr": 1e-3, "ema": 0.0, "device": "cpu", "checkpointing": checkpointing},
     }
-    run = learn(parse(tree), scratch / "run")
-    checks = proof.prove(run.export(scratch / "out"), str(teacher), scratch)
+    return parse(tree)
+
+
+def proved(run: Run, scratch: Path) -> list[str]:
+    """What the proof of a run's export found, by name. Raises ValueError for whatever fails."""
+    checks = proof.prove(run.export(scratch / "out"), run.config.teacher.path, scratch)
     if failed := [f"{c['name']}: {c['detail']}" for c in checks if not c["ok"]]:
         raise ValueError(failed[0])
     return [c["name"] for c in checks]
+
+
+def prove(cell: Cell, teacher: Path, scratch: Path) -> list[str]:
+    """What the proof of a cell's export found, by name. Raises ValueError for whatever fails."""
+    family, objective, weights = cell
+    config = config_of(family, {"name": objective, **OBJECTIVES[objective]}, weights, teacher, scratch)
+    return proved(learn(config, scratch / "run"), scratch)
 
 
 def saved(family: str, folder: Path) -> Path:

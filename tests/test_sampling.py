@@ -3,6 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from jumping import jumper
 from toys import NOTHING, SCHEDULES, TEACHERS, Counted, Gaussian, ddim_factor, denoiser, endpoint, gaussian, phi, times
 
 from fewstep.sampling import STEPS, ddim, renoise, rollout, sample, shifted, tcd, uniform_grid
@@ -166,15 +167,16 @@ def test_deployed_by_ddim_an_endpoint_map_leaves_the_marginal_where_renoise_keep
     assert found["ddim"] > 1.05
 
 
+@teachers
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("name", ["sd", "flow", "edm"])
-def test_exact_jumps_and_the_forward_kernel_are_stationary_at_any_share_of_noise(name, gamma):
-    """consistency.md 0.6, O7's deterministic map between states."""
-    schedule = SCHEDULES[name]
+@torch.no_grad()
+def test_steps_of_a_student_that_jumps_exactly_are_stationary_at_any_share_of_noise(name, target, gamma):
+    """consistency.md 0.6, and 11 point 8: it is told the end of its jump, which lies below where the step arrives."""
+    schedule, student, rng = SCHEDULES[name], jumper(name, target), stream(2, 0, 0, 0)
     x = at_the_noise_end(schedule)
     for t, s in ((1.0, 0.625), (0.625, 0.375)):
         below, here, there = (torch.full((N,), u, dtype=torch.float64) for u in ((1 - gamma) * s, t, s))
-        x = schedule.forward_kernel(phi(x, here, below, schedule, MEAN, VAR), torch.randn_like(x), below, there)
+        x = tcd(gamma)(schedule, student(x, here, NOTHING, r=below), there, rng)
         assert_marginal(x, schedule, s)
 
 

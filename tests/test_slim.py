@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fewstep.plan import plan
 from fewstep.slim import body, try_out
 from fewstep.verify import verify
 
+ROOT = Path(__file__).parents[1]
 HALVED = {"block_out_channels": [4, 8]}
 
 
@@ -114,6 +117,11 @@ def test_slimflow_from_a_config_to_a_proved_export_of_half_the_parameters(folder
     assert report.ok, report
     stored = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
     assert stored["block_out_channels"] == [4, 8]
+
+
+def test_the_shipped_student_has_at_most_half_its_teachers_parameters():
+    found = plan(load(ROOT / "configs" / "sprites-sd-slimflow-1step-full.yaml"))
+    assert 2 * found["trained parameters"]["student"] <= 1e6 * float(re.search(r"([\d.]+) M parameters", found["teacher"])[1])
 
 
 def test_a_smaller_transformer_is_exported_too(tmp_path):

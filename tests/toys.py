@@ -54,6 +54,9 @@ TEACHERS = [
     ("trig", "v_prediction"),
 ]
 
+# One of each target that latent teachers have.
+EPS_V_FLOW = [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")]
+
 
 @dataclass(frozen=True)
 class OneLevel(NoiseSchedule):
@@ -208,6 +211,14 @@ class Mixture(nn.Module):
 def gaussian(mean: Sequence[float], var: Sequence[float], schedule: NoiseSchedule, target: str) -> Denoiser:
     """The exact teacher of N(mean, diag var)."""
     return denoiser(Gaussian(mean, var), schedule, target)
+
+
+def guided(name: str, target: str, mean: Tensor, var: Tensor, scale: float = 4.0) -> tuple[Guided, Cond, Tensor]:
+    """(a guided exact teacher, the condition under which its law is N(mean, diag var), the mean that guidance makes of it).
+
+    Where both laws of a guided teacher have one variance, its score is that of the law with this mean (consistency.md 1)."""
+    null, network = mean + 0.3, gaussian([0.0] * len(mean), var.tolist(), SCHEDULES[name], target)
+    return Guided(network, scale, Cond({"mean": null[None]})), Cond({"mean": mean[None]}), null + scale * (mean - null)
 
 
 def players(

@@ -1,12 +1,13 @@
 """A contest between where the student lands and where it should: who is shown what, and what is learned from it."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from products import VAR, N, Optimum, batch, exact
+from products import MEAN, VAR, N, Optimum, batch, exact
 from tiny import tiny_sd_pipeline
-from toys import SCHEDULES, Gaussian, denoiser, game, gaussian
+from toys import EPS_V_FLOW, SCHEDULES, Gaussian, denoiser, game, gaussian
 
 from fewstep.adapters import teacher_of
 from fewstep.api import study_of
@@ -22,7 +23,6 @@ from fewstep.sampling import ddim, uniform_grid
 from fewstep.schedules import like
 from fewstep.stream import stream
 
-KINDS = [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")]
 INNER = [Progressive(steps=4), Consistency(steps=4, solver_steps=20), TCD(steps=4, solver_steps=20)]
 
 
@@ -43,12 +43,22 @@ class Judge:
         return (x if origin is None else x * origin[0]).sum(1, keepdim=True)
 
 
-def shown(objective, student, teacher, turn):
+@dataclass
+class Learned(Judge):
+    """A judge of one point whose logit is linear in the point and in its squares."""
+
+    weights: torch.Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64, requires_grad=True))
+
+    def logit(self, x, origin):
+        return torch.cat([x, x.square()], 1).double() @ self.weights[:, None]
+
+
+def shown(objective, student, teacher, turn, judge=None, seed=0):
     """(what a turn loses, the judge with what it saw)."""
-    torch.manual_seed(0)
-    judge = Judge()
+    torch.manual_seed(seed)
+    judge = judge or Judge()
     nets = replace(game(student, teacher, grid=uniform_grid(objective.steps)), judge=judge)
-    return objective.round(0)[turn].loss(nets, batch(), stream(0, 0, 0, 0)), judge, nets
+    return objective.round(0)[turn].loss(nets, batch(), stream(seed, 0, 0, 0)), judge, nets
 
 
 def other(name, target):
@@ -57,7 +67,7 @@ def other(name, target):
 
 
 @pytest.mark.parametrize("inner", INNER, ids=lambda i: type(i).__name__)
-@pytest.mark.parametrize("name, target", KINDS)
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
 def test_landings_are_judged_where_they_are_and_clean_ones_under_noise(name, target, inner):
     schedule = SCHEDULES[name]
     objective = AdversarialDistance(inner=inner, low=0.02, high=0.6)
@@ -80,7 +90,7 @@ def test_landings_are_judged_where_they_are_and_clean_ones_under_noise(name, tar
     assert left.abs().min() > 1e-6  # real and fake have noise of their own
 
 
-@pytest.mark.parametrize("name, target", KINDS)
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
 def test_heads_cannot_tell_a_student_that_lands_where_its_teacher_does(name, target):
     """consistency.md 10.3: with student = teacher D is at a half; here what is shown is the very same."""
     inner = Progressive(steps=4)
@@ -126,13 +136,40 @@ def test_only_conditional_heads_are_shown_where_the_jump_began():
         assert objective.needs.roles == ("critic", "heads") and objective.needs.images
 
 
-@pytest.mark.parametrize("name, target", KINDS)
+def mirror(name, target, mean=(0.0, 0.0), away=0.0):
+    """(a teacher of a law that is its own mirror image, a student that lands at 2 mean - x where the teacher's four steps land at
+    x; `away` from there)."""
+    schedule = SCHEDULES[name]
+    optimum = Optimum(Consistency(steps=1, solver_steps=4), schedule, (1.0,))
+    student = Gaussian([m + away for m in mean], [1.0, 1.0], lambda a, s, v: -optimum.factors[-1])
+    return gaussian(mean, VAR.tolist(), schedule, target), denoiser(student, schedule, target)
+
+
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
+def test_where_the_laws_are_one_the_contest_is_at_rest(name, target):
+    """SDXL-Lightning's equilibrium (consistency.md 10.3): at zero logits heads lose 2 log 2, have no gradient but chance, and
+    give the student none; where the laws differ the heads have one."""
+    objective = AdversarialDistance(inner=Progressive(steps=1, factor=4), conditional=False, distance=0.0, low=0.05, high=0.1)
+    for away, rests in ((0.0, True), (0.5, False)):
+        teacher, student = mirror(name, target, MEAN.tolist(), away)  # the law of the batch
+        grads = []
+        for seed in range(24):
+            losses, judge, _ = shown(objective, student, teacher, 0, Learned(), seed)
+            torch.testing.assert_close(losses.terms["judge"], torch.full((N,), 2 * math.log(2), dtype=torch.float64))
+            grads += torch.autograd.grad(losses.total, judge.weights)
+        found = torch.stack(grads)
+        far = (found.mean(0).abs() / (found.std(0) / len(found) ** 0.5)).max()
+        assert far < 5 if rests else far > 20
+    losses, _, nets = shown(objective, student, teacher, -1, Learned())
+    torch.testing.assert_close(losses.terms["adversary"], torch.full((N,), 0.1 * math.log(2), dtype=torch.float64))
+    (grad,) = torch.autograd.grad(losses.total, [nets.student.net.clean.mean])
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
 def test_the_right_law_on_wrong_trajectories_is_found_out_by_conditional_heads_alone(name, target):
     """A student that lands at -x where its teacher, of a law that is its own mirror image, lands at x."""
-    schedule, inner = SCHEDULES[name], Progressive(steps=1, factor=4)
-    teacher = gaussian([0.0, 0.0], VAR.tolist(), schedule, target)
-    optimum = Optimum(Consistency(steps=1, solver_steps=4), schedule, (1.0,), mean=torch.zeros(2).double())
-    mirrored = denoiser(Gaussian([0.0, 0.0], [1.0, 1.0], lambda a, s, v: -optimum.factors[-1]), schedule, target)
+    inner, (teacher, mirrored) = Progressive(steps=1, factor=4), mirror(name, target)
     found = {}
     for conditional in (True, False):
         objective = AdversarialDistance(inner=inner, conditional=conditional, low=0.05, high=0.1)
@@ -153,7 +190,7 @@ def pcm(**options):
     return AdversarialDistance(inner=inner, **{**plain, **options})
 
 
-@pytest.mark.parametrize("name, target", KINDS)
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
 def test_a_push_is_the_exact_kernel_with_noise_of_its_own(name, target):
     """consistency.md 0.3: real and fake go to one time in [s, s + push), each by a noise that knows nothing of the other's."""
     losses, judge, _ = shown(pcm(), other(name, target), exact(name, target), 0)
@@ -170,7 +207,7 @@ def test_a_push_is_the_exact_kernel_with_noise_of_its_own(name, target):
     assert (noises[0] * noises[1]).mean().abs() < 0.15
 
 
-@pytest.mark.parametrize("name, target", KINDS)
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
 def test_pushed_players_that_are_equal_are_at_rest_in_the_mean(name, target):
     """Undecided heads have nothing to learn from a student that lands where it should, though noises differ; of another they
     have."""

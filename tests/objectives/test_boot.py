@@ -1,7 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, TEACHERS, Counted, Gaussian, Linear, denoiser, game, gaussian, phi, times
+from tiny import save, tiny_sd_pipeline
+from toys import EPS_V_FLOW, NOTHING, SCHEDULES, TEACHERS, Counted, Gaussian, Linear, denoiser, game, gaussian, guided, phi, times
 
+from fewstep import api
+from fewstep.config import parse
+from fewstep.families import FAMILIES
 from fewstep.objectives import Batch
 from fewstep.objectives.boot import Boot, decay, told
 from fewstep.sampling import sample
@@ -17,14 +23,14 @@ N = 256
 class Signal(torch.nn.Module):
     """y_t of the exact trajectory from pure noise, told at 1 - t / 2."""
 
-    def __init__(self, schedule):
+    def __init__(self, schedule, mean=MEAN):
         super().__init__()
-        self.schedule = schedule
+        self.schedule, self.mean = schedule, mean
 
     def forward(self, e, label, alpha, sigma, cond):
         t = (2 * (1 - label)).clamp(0, 1 - 1e-9)
         a, s = (like(c, e) for c in self.schedule.alpha_sigma(t))
-        return (phi(e, torch.ones_like(t), t, self.schedule, MEAN, VAR) - s * e) / a
+        return (phi(e, torch.ones_like(t), t, self.schedule, self.mean, VAR) - s * e) / a
 
 
 class Draws:
@@ -40,12 +46,36 @@ class Draws:
         return self.rng.normal(shape, torch.float64)
 
 
-def loss(student, teacher, **options):
-    return Boot(**options).student_loss(game(student, teacher), Batch(NOTHING, (N, 2)), Draws(stream(0, 0, 0, 0)))
+def loss(student, teacher, cond=NOTHING, **options):
+    return Boot(**options).student_loss(game(student, teacher), Batch(cond, (N, 2)), Draws(stream(0, 0, 0, 0)))
 
 
 def exact(name, target):
     return gaussian(MEAN.tolist(), VAR.tolist(), SCHEDULES[name], target)
+
+
+@teachers
+def test_the_exact_signal_solves_the_ode(name, target):
+    """dy/dt = l' (y - x0_T) with l = ln(sigma / alpha), along the teacher's trajectory from e (consistency.md 8 a)."""
+    schedule, e = SCHEDULES[name], torch.randn(N, 2, dtype=torch.float64)
+    t = (0.05 + 0.9 * (torch.arange(N).double() + 0.5) / N).requires_grad_()  # never a table's own time, where its slope jumps
+    alpha, sigma = schedule.alpha_sigma(t)
+    y = Signal(schedule)(e, 1 - t / 2, alpha, sigma, {})
+    x0 = exact(name, target)(schedule.add_noise(y, e, t), t, NOTHING).x0
+    speed = torch.stack([torch.autograd.grad(part.sum(), t, retain_graph=True)[0] for part in y.unbind(1)], 1)
+    (rate,) = torch.autograd.grad((sigma / alpha).log().sum(), t)
+    torch.testing.assert_close(speed, like(rate, y) * (y - x0), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
+def test_guidance_moves_the_signal_by_the_distance_of_the_means(name, target):
+    teacher, cond, mean = guided(name, target, MEAN, VAR)
+
+    def wrong(centre):
+        student = denoiser(Signal(SCHEDULES[name], centre), SCHEDULES[name], target)
+        return loss(student, teacher, cond.expand(N), delta=0.01).terms["bootstrap"].median()
+
+    assert wrong(mean) < 0.02 * wrong(MEAN)
 
 
 @teachers
@@ -111,6 +141,24 @@ def test_prompts_are_enough():
     student = denoiser(Linear(0.3, 0.8), SCHEDULES["flow"], "flow")
     for turn in Boot().round(0):
         turn.loss(game(student, exact("flow", "flow")), Raising(), Draws(stream(0, 0, 0, 0))).total.backward()
+
+
+def test_a_run_reads_no_picture_and_encodes_none(tmp_path, monkeypatch):
+    """consistency.md 11, point 12: prompts, and nothing else, from a config to a trained student."""
+
+    def raising(*given, **named):
+        raise AssertionError("a picture was asked for")
+
+    path, prompts = save(tiny_sd_pipeline(), tmp_path / "sd"), tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    monkeypatch.setattr("fewstep.data.source.read_images", raising)
+    name = "StableDiffusionPipeline"
+    monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], encode_pixels=raising))
+    monkeypatch.setattr(api.Study, "preview", lambda *_: None)
+    tree = {"teacher": {"path": str(path)}, "student": {"weights": "lora", "rank": 2}, "objective": {"name": "boot"}}
+    train = {"rounds": 1, "batch": 2, "lr": 1e-3, "ema": 0.0, "device": "cpu"}
+    run = api.train(parse({**tree, "data": {"prompts": str(prompts)}, "train": train}), tmp_path / "run")
+    assert any(value.abs().max() > 0 for key, value in run.weights.items() if "lora_B" in key)
 
 
 @teachers

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from products import MEAN, VAR, N, Optimum, batch, exact, teachers
-from toys import NOTHING, SCHEDULES, Gaussian, Linear, denoiser, game, times
+from toys import EPS_V_FLOW, NOTHING, SCHEDULES, Gaussian, Linear, denoiser, endpoint, game, guided, times
 
-from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.denoiser import Denoiser
 from fewstep.losses import pseudo_huber
 from fewstep.objectives.consistency import Consistency
 from fewstep.sampling import ddim, sample, shifted, uniform_grid
@@ -80,12 +82,44 @@ def test_the_loss_does_not_vanish_at_the_continuous_optimum_or_at_the_teacher(na
     assert loss(objective, exact(name, target), exact(name, target)).mean() > 1e-3
 
 
+class Here:
+    """A stream whose integers all lie at one share of their range."""
+
+    def __init__(self, share):
+        self.share, self.rng = share, stream(0, 0, 0, 0)
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)
+
+    def integers(self, high, n):
+        return torch.full((n,), round(self.share * high) - 1)
+
+
+@teachers
+@pytest.mark.parametrize("t", [0.4, 0.8, 1.0])
+def test_at_the_continuous_optimum_a_step_leaves_a_residual_of_its_square(name, target, t):
+    """consistency.md 2, invariant (b): O(h^2), there 1.8e-2, 4.6e-3, 1.2e-3, 2.9e-4 for steps that are halved."""
+    student = denoiser(Gaussian(MEAN.tolist(), VAR.tolist(), endpoint), SCHEDULES[name], target)
+
+    def residual(solver_steps):
+        objective = Consistency(steps=1, solver_steps=solver_steps, huber=None)
+        with torch.no_grad():
+            torch.manual_seed(0)
+            losses = objective.student_loss(game(student, exact(name, target)), batch(), Here(t))
+        assert (losses.landing.t == t).all()
+        return losses.total.sqrt()
+
+    whole, half, quarter = (residual(n) for n in (50, 100, 200))
+    assert whole / half == pytest.approx(4, rel=0.15) and half / quarter == pytest.approx(4, rel=0.15)
+    assert quarter > 1e-8
+
+
 @teachers
 def test_with_a_segment_a_solver_step_the_teacher_is_the_optimum(name, target):
     assert loss(Consistency(solver_steps=4), exact(name, target), exact(name, target)).max() < 1e-12
 
 
-@pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("flow", "flow")])
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
 @phases
 def test_the_optimum_as_deployed_is_the_teachers_many_steps(name, target, segments):
     """The student's steps compose to the teacher's DDIM: from the noise end over each segment to clean."""
@@ -96,19 +130,17 @@ def test_the_optimum_as_deployed_is_the_teachers_many_steps(name, target, segmen
     torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
 @phases
-def test_guidance_moves_the_optimum_by_the_distance_of_the_means(segments):
+def test_guidance_moves_the_optimum_by_the_distance_of_the_means(name, target, segments):
     """consistency.md 2, invariant (c), with g = 1 + w."""
-    schedule, objective, null = SCHEDULES["sd"], Consistency(segments=segments, solver_steps=20), MEAN + 0.3
-    mean = lambda m: Cond({"mean": m[None]})  # noqa: E731
-    network = denoiser(Gaussian([0.0, 0.0], VAR.tolist()), schedule, "epsilon")
-    teacher, cond = Guided(network, 4.0, mean(null)), mean(MEAN).expand(N)
-    grid = uniform_grid(4)
-    moved = denoiser(Optimum(objective, schedule, grid, null + 4.0 * (MEAN - null)), schedule, "epsilon")
-    plain = denoiser(Optimum(objective, schedule, grid), schedule, "epsilon")
-    assert loss(objective, moved, teacher, cond=cond).max() < 1e-9
-    assert loss(objective, plain, teacher, cond=cond).mean() > 1e-2
-    assert loss(objective, plain, Guided(network, 1.0, mean(null)), cond=cond).max() < 1e-9
+    schedule, objective, grid = SCHEDULES[name], Consistency(segments=segments, solver_steps=20), uniform_grid(4)
+    teacher, cond, mean = guided(name, target, MEAN, VAR)
+    moved = denoiser(Optimum(objective, schedule, grid, mean), schedule, target)
+    plain = denoiser(Optimum(objective, schedule, grid), schedule, target)
+    assert loss(objective, moved, teacher, cond=cond.expand(N)).max() < 1e-9
+    assert loss(objective, plain, teacher, cond=cond.expand(N)).mean() > 1e-2
+    assert loss(objective, plain, replace(teacher, scale=1.0), cond=cond.expand(N)).max() < 1e-9
 
 
 def test_at_the_edge_the_target_is_the_teachers_point_itself():

@@ -1,9 +1,8 @@
 import pytest
 import torch
 from jumping import MEAN, VAR, N, clean, exact, jumper, teachers
-from toys import NOTHING, SCHEDULES, game, gaussian, phi
+from toys import EPS_V_FLOW, NOTHING, SCHEDULES, game, guided, phi
 
-from fewstep.denoiser import Cond, Guided
 from fewstep.losses import mse
 from fewstep.matched import Matched
 from fewstep.objectives import Batch
@@ -71,18 +70,16 @@ def test_a_student_of_any_count_of_steps_draws_the_teachers_law(name, target):
         torch.testing.assert_close(x, phi(z, whole, 0 * whole, SCHEDULES[name], MEAN, VAR))
 
 
-def test_guidance_moves_the_flow_by_the_distance_of_the_means():
-    tell = lambda m: Cond({"mean": m[None]})  # noqa: E731
-    null = MEAN + 0.3
-    teacher = Guided(gaussian([0.0, 0.0], VAR.tolist(), SCHEDULES["sd"], "epsilon"), 4.0, tell(null))
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
+def test_guidance_moves_the_flow_by_the_distance_of_the_means(name, target):
+    teacher, cond, mean = guided(name, target, MEAN, VAR)
 
     def largest(centre):
-        student = jumper("sd", "epsilon", centre)
+        student = jumper(name, target, centre)
         t, r, x_t = asked(student)
-        batch = Batch(tell(MEAN).expand(N), (N, 2))
-        return residual(game(student, teacher), batch, x_t, t, r, jvp)[0].abs().max()
+        return residual(game(student, teacher), Batch(cond.expand(N), (N, 2)), x_t, t, r, jvp)[0].abs().max()
 
-    assert largest(null + 4.0 * (MEAN - null)) < 1e-7 < 0.05 < largest(MEAN)
+    assert largest(mean) < 1e-7 < 0.05 < largest(MEAN)
 
 
 @teachers

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from jumping import MEAN, N, clean, exact, jumper, teachers
-from toys import NOTHING, game
+from jumping import MEAN, VAR, N, clean, exact, jumper, teachers
+from toys import EPS_V_FLOW, NOTHING, game, guided
 
 from fewstep.matched import Matched
 from fewstep.objectives import Batch
@@ -30,6 +30,19 @@ def test_at_the_exact_mean_velocity_the_residual_is_of_the_order_of_the_step(nam
 
     assert largest(1e-2) / largest(5e-3) == pytest.approx(2, rel=0.1)
     assert largest(1e-4) < 5e-3 < 0.05 < largest(1e-4, jumper(name, target, MEAN + 0.3))
+
+
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
+def test_guidance_moves_the_flow_by_the_distance_of_the_means(name, target):
+    teacher, cond, mean = guided(name, target, MEAN, VAR)
+
+    def largest(centre):
+        student = jumper(name, target, centre)
+        t, _, x_t = asked(student)
+        t = t.clamp(0.3, 0.9)
+        return residual(game(student, teacher), Batch(cond.expand(N), (N, 2)), x_t, t, 0 * t, 2, 1e-4)[0].abs().max()
+
+    assert largest(mean) < 5e-3 < 0.05 < largest(MEAN)
 
 
 @teachers

@@ -1,6 +1,21 @@
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, TEACHERS, Counted, Gaussian, Linear, denoiser, endpoint, game, gaussian
+from toys import (
+    EPS_V_FLOW,
+    NOTHING,
+    SCHEDULES,
+    TEACHERS,
+    Blind,
+    Counted,
+    Gaussian,
+    Linear,
+    denoiser,
+    endpoint,
+    game,
+    gaussian,
+    guided,
+    posterior,
+)
 
 from fewstep.matched import Matched
 from fewstep.objectives import Batch
@@ -11,6 +26,7 @@ from fewstep.stream import stream
 MEAN, VAR = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
 teachers = pytest.mark.parametrize("name, target", TEACHERS)
 N = 128
+GAINS = (endpoint, posterior)  # of the student, whose x0 is where the flow ends, and of the critic
 
 
 def exact(name, target, mean=MEAN, var=VAR):
@@ -37,8 +53,8 @@ class Double:
         return self.length
 
 
-def batch():
-    return Batch(NOTHING, (N, 2), MEAN + VAR.sqrt() * torch.randn(N, 2, dtype=torch.float64))
+def batch(cond=NOTHING):
+    return Batch(cond, (N, 2), MEAN + VAR.sqrt() * torch.randn(N, 2, dtype=torch.float64))
 
 
 def rng(length=0):
@@ -62,6 +78,21 @@ def test_where_the_critic_is_the_teacher_scores_do_not_push(name, target):
     losses = RCM().score(game(student, teacher, teacher), batch(), rng(2))
     grads = torch.autograd.grad(losses.total, list(student.net.parameters()), allow_unused=True)
     assert all(g is None or (g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
+def test_guidance_moves_both_halves_by_the_distance_of_the_means(name, target):
+    """Student and critic of the guided law, and they alone, have no tangent and no difference of scores."""
+    teacher, cond, mean = guided(name, target, MEAN, VAR)
+
+    def sizes(centre):
+        student, critic = (
+            denoiser(Blind(Gaussian(centre.tolist(), VAR.tolist(), gain)), SCHEDULES[name], target) for gain in GAINS
+        )
+        losses = RCM().student_loss(game(student, teacher, critic), batch(cond.expand(N)), rng())
+        return losses.stats["tangent"], losses.stats["direction"]
+
+    assert max(sizes(mean)) < 1e-9 < 0.05 < min(sizes(MEAN))
 
 
 @pytest.mark.parametrize("name, target", [(name, target) for name, target in TEACHERS if name != "edm"])

@@ -1,5 +1,6 @@
 """What every registered objective gets for free: a contributor's file is tested here as soon as it is known by name."""
 
+import copy
 import inspect
 import re
 from dataclasses import replace
@@ -7,9 +8,24 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from toys import NOTHING, SCHEDULES, Gaussian, Joined, denoiser, endpoint, game, gaussian, play, ring, side_by_side, sliced_w2
+from toys import (
+    NOTHING,
+    SCHEDULES,
+    Gaussian,
+    Joined,
+    Learner,
+    denoiser,
+    endpoint,
+    game,
+    gaussian,
+    play,
+    ring,
+    side_by_side,
+    sliced_w2,
+)
 
 from fewstep.config import parse
+from fewstep.denoiser import Guided
 from fewstep.experts import PhasedExperts
 from fewstep.objectives import Batch, objectives, register
 from fewstep.objectives.adversarial import Adversarial
@@ -21,6 +37,9 @@ from fewstep.stream import stream
 # Where student, critic and teacher know the same law, these have nothing to learn. (Discrete consistency has its fixed point at
 # the composed steps of its teacher's solver: test_consistency.py.)
 AT_REST = {"decoupled", "diff_instruct", "dmd", "sid", "sim", "uni_instruct", "vsd"}
+
+# Their losses are differentiated through the scores that they compare.
+SCORES_DIFFERENTIATED = {"sid", "sim", "uni_instruct"}
 
 # Rounds in the toy world, where 500 are not the right number: each takes about four seconds of one core at most.
 ROUNDS = {
@@ -108,6 +127,40 @@ def test_only_the_mover_moves(name):
         assert moved == set(turn.movers)
         for net in world.players.values():
             net.zero_grad(set_to_none=True)
+
+
+def passed(name, needs):
+    """Whom the student's gradient goes through on its way to the sample, so that it reaches them too where nobody is frozen."""
+    found = {"teacher", "critic"} if name.rpartition("+")[2] in SCORES_DIFFERENTIATED else set()
+    if "heads" in needs.roles:
+        found |= {"heads", "critic"} if needs.heads.backbone == "critic" else {"heads"}
+    return found
+
+
+@judged
+def test_a_turns_gradient_reaches_its_movers_and_whom_it_must_pass(name):
+    """consistency.md 11, point 9: targets, tangents and samples have no graph, in a world where all have weights and none is
+    frozen, the teacher and an average of the student neither."""
+    world = ring(objective := made(name))
+    play(objective, world, 2, 32, 1e-3)  # away from the start, where last layers are zero
+    nets, players = world.nets, dict(world.players)
+    guided = isinstance(nets.teacher, Guided)
+    base = nets.teacher.denoiser if guided else nets.teacher
+    players["teacher"] = Learner(base.net, 2)
+    teacher = replace(base, net=players["teacher"])
+    nets = replace(nets, teacher=replace(nets.teacher, denoiser=teacher) if guided else teacher)
+    if objective.needs.phases == 1:
+        players["average"] = copy.deepcopy(players["student"])
+        nets = replace(nets, average=replace(nets.student, net=players["average"]))
+    reached = set()
+    for i, turn in enumerate(objective.round(0)):
+        for net in players.values():
+            net.requires_grad_(True).zero_grad(set_to_none=True)
+        turn.loss(nets, world.batch(8), stream(0, 0, 0, i)).total.backward()
+        found = {player for player, net in players.items() if any(p.grad is not None for p in net.parameters())}
+        assert found >= set(turn.movers)
+        reached |= {(turn.player, other) for other in found - set(turn.movers)}
+    assert reached == {("student", other) for other in passed(name, objective.needs)}
 
 
 @judged

@@ -4,7 +4,21 @@ from dataclasses import replace
 import pytest
 import torch
 from jumping import jumper
-from toys import NOTHING, SCHEDULES, TEACHERS, Exact, Gaussian, call, denoiser, endpoint, game, gaussian
+from toys import (
+    EPS_V_FLOW,
+    NOTHING,
+    SCHEDULES,
+    TEACHERS,
+    Blind,
+    Exact,
+    Gaussian,
+    call,
+    denoiser,
+    endpoint,
+    game,
+    gaussian,
+    guided,
+)
 
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.losses import flat_mean, unit
@@ -91,17 +105,15 @@ def test_without_its_second_half_the_tangent_matches_velocities(name, target):
     assert tangents(teacher, teacher, warm=0.0)[0].abs().max() == 0
 
 
-def test_guidance_moves_the_consistency_function_by_the_distance_of_the_means():
-    mean = lambda m: Cond({"mean": m[None]})  # noqa: E731
-    null, schedule = MEAN + 0.3, SCHEDULES["sd"]
-    teacher = Guided(gaussian([0.0, 0.0], VAR.tolist(), schedule, "epsilon"), 4.0, mean(null))
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
+def test_guidance_moves_the_consistency_function_by_the_distance_of_the_means(name, target):
+    teacher, cond, mean = guided(name, target, MEAN, VAR)
 
     def largest(centre):
-        deaf = lambda net, x, time, cond: net(x, time, NOTHING)  # noqa: E731
-        student = denoiser(Gaussian(centre.tolist(), VAR.tolist(), endpoint), schedule, "epsilon", deaf)
-        return tangents(student, teacher, cond=mean(MEAN).expand(N))[0].abs().max()
+        student = denoiser(Blind(Gaussian(centre.tolist(), VAR.tolist(), endpoint)), SCHEDULES[name], target)
+        return tangents(student, teacher, cond=cond.expand(N))[0].abs().max()
 
-    assert largest(null + 4.0 * (MEAN - null)) < 1e-12 < 0.1 < largest(MEAN)
+    assert largest(mean) < 1e-11 < 0.1 < largest(MEAN)
 
 
 def test_warm_up_lets_the_second_half_in_over_rounds():

@@ -6,7 +6,22 @@ from itertools import pairwise
 import pytest
 import torch
 from products import MEAN, VAR, N, Optimum, Told, batch, exact, teachers
-from toys import NOTHING, SCHEDULES, Counted, Exact, Gaussian, Mixture, call, ddim_factor, denoiser, game, gaussian, phi
+from toys import (
+    EPS_V_FLOW,
+    NOTHING,
+    SCHEDULES,
+    Counted,
+    Exact,
+    Gaussian,
+    Mixture,
+    call,
+    ddim_factor,
+    denoiser,
+    endpoint,
+    game,
+    gaussian,
+    phi,
+)
 
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.objectives.consistency import Consistency, first_of_segment, solver_times
@@ -18,11 +33,24 @@ from fewstep.stream import stream
 GRID = uniform_grid(4)
 
 
-def loss(objective, student, teacher, *, cond=NOTHING, average=None):
+class Lowest:
+    """A stream whose uniform numbers are all 0."""
+
+    def __init__(self):
+        self.rng = stream(0, 0, 0, 0)
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)
+
+    def uniform(self, n):
+        return torch.zeros(n, dtype=torch.float64)
+
+
+def loss(objective, student, teacher, *, cond=NOTHING, average=None, rng=None):
     torch.manual_seed(0)
     with torch.no_grad():
         nets = replace(game(student, teacher, grid=uniform_grid(objective.steps)), average=average)
-        return objective.student_loss(nets, batch(cond), stream(0, 0, 0, 0)).terms["consistency"]
+        return objective.student_loss(nets, batch(cond), rng or stream(0, 0, 0, 0)).terms["consistency"]
 
 
 def midpoint_factor(schedule, t, s, var):
@@ -56,7 +84,7 @@ def test_for_a_gaussian_the_second_solver_is_of_third_order(name, target):
     assert twice[0] < once[0] / 20
 
 
-@pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")])
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
 def test_for_a_mixture_it_is_of_second_order(name, target):
     law = Mixture(torch.tensor([[1.0, 0.0], [-1.0, 0.5]]).double(), 0.5, torch.tensor([0.3, 0.7]).double())
     teacher, x = denoiser(law, SCHEDULES[name], target), torch.randn(N, 2, dtype=torch.float64)
@@ -87,10 +115,27 @@ def test_a_student_that_is_told_its_end_meets_all_ends_at_once(name, target, seg
     assert len(set(zip(i.tolist(), j.tolist(), strict=True))) > (100 if segments == 1 else 30)
 
 
-def test_without_being_told_no_student_is_at_rest():
-    """consistency.md 3.1 (c): the eps of an exact jump depends on its end."""
-    for objective in (TCD(steps=1, solver_steps=20), TCD(segments=4, solver_steps=20)):
-        assert loss(objective, exact("flow", "flow"), exact("flow", "flow")).mean() > 1e-4
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
+@pytest.mark.parametrize("objective", [TCD(steps=1, solver_steps=20), TCD(segments=4, solver_steps=20)], ids=["one", "four"])
+def test_without_being_told_no_student_is_at_rest(name, target, objective):
+    """consistency.md 3.1 (c): the eps of an exact jump depends on its end. Not the teacher, not the student that knows where the
+    exact flow ends, nor the one at which `consistency` is at rest, whose end is always the lower edge."""
+    fixed = Consistency(steps=objective.steps, segments=objective.segments, solver_steps=20)
+    optimum = denoiser(Optimum(fixed, SCHEDULES[name], uniform_grid(objective.steps)), SCHEDULES[name], target)
+    flow = denoiser(Gaussian(MEAN.tolist(), VAR.tolist(), endpoint), SCHEDULES[name], target)
+    assert loss(fixed, optimum, exact(name, target)).max() < 1e-9
+    for student in (exact(name, target), flow, optimum):
+        assert loss(objective, student, exact(name, target)).mean() > 1e-4
+
+
+@teachers
+def test_where_all_ends_are_clean_it_is_consistency_of_one_segment(name, target):
+    """consistency.md 3.1 (b): s = 0 is LCM without c_skip; each of the times of its solver is among the samples."""
+    student = gaussian([0.3, 0.1], [0.5, 0.6], SCHEDULES[name], target)
+    here, there = (kind(segments=1, solver_steps=20) for kind in (TCD, Consistency))
+    found = loss(here, student, exact(name, target), rng=Lowest())
+    assert torch.equal(found, loss(there, student, exact(name, target)))
+    assert not torch.allclose(found, loss(here, student, exact(name, target)))
 
 
 @teachers
@@ -106,7 +151,7 @@ def test_one_solver_step_in_all_is_one_step_of_consistency():
     )
 
 
-@pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")])
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
 @pytest.mark.parametrize("segments", [1, 4])
 def test_one_network_that_is_fed_the_scale_is_the_optimum_at_every_scale(name, target, segments):
     """LCM with full weights: at scale g the guided Gaussian's mean is null + g (mean - null)."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from jumping import MEAN, VAR, N, clean, exact, jumper, teachers
-from toys import NOTHING, SCHEDULES, Jump, call, game
+from toys import EPS_V_FLOW, NOTHING, SCHEDULES, Jump, call, game, guided
 
 from fewstep.denoiser import Denoiser
 from fewstep.matched import Matched
@@ -85,6 +85,21 @@ def test_the_gradient_is_that_of_the_difference_of_flows():
     t = (f.lowest + (f.highest - f.lowest) * again.uniform(N))[:, None]
     expected = 3 * AWAY * (t / ((1 - t) ** 2 * VAR + t**2)).mean(0) / 2
     torch.testing.assert_close(grad, expected, rtol=1e-2, atol=0.0)  # samples are float32, and the toy rounds their times
+
+
+@pytest.mark.parametrize("name, target", EPS_V_FLOW)
+def test_guidance_moves_the_jumps_and_nothing_else(name, target):
+    """The two flows are the student's own: where they agree they rest under any teacher, and its law is the guided one."""
+    teacher, cond, mean = guided(name, target, MEAN, VAR)
+
+    def stats(centre):
+        net = Jump(centre, VAR, SCHEDULES[name], target, twin=(centre.clone(), VAR.clone()))
+        player, given = Denoiser(net, SCHEDULES[name], target, call), Batch(cond.expand(N), (N, 2), clean())
+        return TwinFlow(delta=1e-3).student_loss(game(player, teacher), given, stream(0, 0, 0, 0)).stats
+
+    right, wrong = stats(mean), stats(MEAN)
+    assert right["residual"] < 0.02 and wrong["residual"] > 0.1
+    assert right["twins_apart"] < 1e-9 and wrong["twins_apart"] < 1e-9
 
 
 @teachers
