@@ -74,3 +74,4 @@ def test_it_trains_and_its_export_is_proved(name, family, teachers, tmp_path):
     alone = run.config.objective.samplers == () or ("end_time" in made(tree).needs.inputs and run.config.objective.steps == 1)
     counts = (1,) if alone else (1, 2, 4)
     assert found >= {f"{what} at {n}" for what in ("times", "pixels") for n in counts} | {"same seed, same picture"}
+    assert {what for what in found if what.startswith("runs in")} == {f"runs in {n}" for n in counts}

@@ -49,8 +49,8 @@ def test_what_is_accepted_can_be_played(name):
         ({"name": "adversarial", "weight": -1}, "weight must be at least 0, not -1"),
         ({"name": "adversarial", "inner": {"name": "dmd", "steps": 0}}, ".inner.steps must be at least 1, not 0"),
         ({"name": "boot", "steps": 0}, ".steps must be at least 1, not 0"),
-        ({"name": "boot", "steps": 2}, "boot makes students of one step, not of 2; set its steps to 1"),
-        ({"name": "adversarial", "inner": {"name": "boot", "steps": 2}}, "makes students of one step, not of 2"),
+        ({"name": "boot", "steps": 2}, "a student of boot draws in one step, not in 2; set its steps to 1"),
+        ({"name": "adversarial", "inner": {"name": "boot", "steps": 2}}, "draws in one step, not in 2"),
         ({"name": "tcd", "huber": float("nan")}, "huber must be at least 0, not nan"),
     ],
 )

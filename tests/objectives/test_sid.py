@@ -339,7 +339,7 @@ class Hearing:
         self.means.append(cond.tensors["mean"])
         return 0 * x_t
 
-    def both(self, x_t, t, cond):
+    def both(self, x_t, t, cond, graph=True):
         return self.critic(x_t, t, cond), self.logits(x_t, t, cond)
 
 

@@ -23,11 +23,11 @@ from toys import (
     ring,
 )
 
-from fewstep.denoiser import Guided
+from fewstep.denoiser import Denoiser, Guided
 from fewstep.objectives import Batch
 from fewstep.objectives.dmd import DMD
 from fewstep.objectives.f_distill import FDistill
-from fewstep.schedules import NoiseSchedule, like
+from fewstep.schedules import like
 from fewstep.stream import stream
 
 LEVELS = {"epsilon": (0.8, 0.6), "flow": (0.6, 0.4)}  # where the law of guidance w = 4 exists, as a Gaussian
@@ -71,14 +71,17 @@ class Knowing:
 
     truth: Mixture
     student: Gaussian
-    schedule: NoiseSchedule
+    critic: Denoiser
 
     def logits(self, x_t, t, cond):
-        a, sig = (like(c, x_t) for c in self.schedule.alpha_sigma(t))
+        a, sig = (like(c, x_t) for c in self.critic.schedule.alpha_sigma(t))
         mean, var = self.student.mean.detach(), (2 * self.student.log_std.detach()).exp()
         own = Normal(a * mean, (a**2 * var + sig**2).sqrt()).log_prob(x_t).sum(1)
         modes = Normal(a[:, None] * self.truth.means, (a**2 * self.truth.var + sig**2).sqrt()[:, None])
         return (modes.log_prob(x_t[:, None]).sum(-1).logsumexp(1) - own)[:, None]
+
+    def both(self, x_t, t, cond, graph=True):
+        return self.critic(x_t, t, cond), self.logits(x_t, t, cond)
 
 
 def recall(divergence, seed):
@@ -88,7 +91,7 @@ def recall(divergence, seed):
     schedule, own, knows = world.nets.student.schedule, *(Gaussian([1.0, 0.0], [0.04, 0.04], g) for g in (endpoint, posterior))
     knows.mean, knows.log_std = own.mean, own.log_std  # a critic at its optimum
     student, critic = (denoiser(clean, schedule, "flow") for clean in (own, knows))
-    nets = replace(world.nets, student=student, critic=critic, judge=Knowing(world.truth, own, schedule))
+    nets = replace(world.nets, student=student, critic=critic, judge=Knowing(world.truth, own, critic))
     optimizer = torch.optim.Adam(own.parameters(), 2e-2)
     for round_ in range(120):
         rng = Joined((stream(seed, 0, round_, 0),), n)  # in float64
