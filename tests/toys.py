@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -435,6 +435,26 @@ class Quadrature:
     def mean(self, term: Tensor) -> Tensor:
         """The expectation of a per-sample term (B,)."""
         return (self.weights * term).sum()
+
+
+class Double:
+    """A stream whose noise is float64, and whose walks have a given length, or by default the longest."""
+
+    def __init__(self, rng: Stream, length: int | None = None) -> None:
+        self.rng, self.length = rng, length
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rng, name)
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+        return self.rng.normal(shape, torch.float64)
+
+    @property
+    def shared(self) -> "Double":
+        return self
+
+    def integer(self, high: int) -> int:
+        return high - 1 if self.length is None else self.length
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import ring
+from toys import Double, ring
 
 from fewstep.objectives import Batch, objectives
 from fewstep.stream import stream
@@ -42,26 +42,6 @@ class Twofold(torch.nn.Module):
         return (self.net if live else self.first)(*given, **inputs)
 
 
-class Doubles:
-    """A stream whose noise is float64, and whose walks go one step."""
-
-    def __init__(self, rng):
-        self.rng = rng
-
-    def __getattr__(self, name):
-        return getattr(self.rng, name)
-
-    def normal(self, shape, dtype=torch.float64):
-        return self.rng.normal(shape, torch.float64)
-
-    @property
-    def shared(self):
-        return self
-
-    def integer(self, high):
-        return high - 1
-
-
 @pytest.mark.parametrize("name", ASKED)
 def test_the_gradient_is_the_slope_of_the_loss_while_targets_stay(name):
     objective = objectives()[name](steps=2, **OPTIONS.get(name, {}))
@@ -75,7 +55,7 @@ def test_the_gradient_is_the_slope_of_the_loss_while_targets_stay(name):
     batch, (turn,) = Batch(drawn.cond, drawn.shape, latents, noise), objective.round(0)
 
     def loss():
-        return turn.loss(nets, batch, Doubles(stream(0, 0, 0, 0))).total
+        return turn.loss(nets, batch, Double(stream(0, 0, 0, 0))).total
 
     parameters = list(student.net.parameters())
     grads = torch.autograd.grad(loss(), parameters)

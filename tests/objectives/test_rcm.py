@@ -7,6 +7,7 @@ from toys import (
     TEACHERS,
     Blind,
     Counted,
+    Double,
     Gaussian,
     Linear,
     denoiser,
@@ -31,26 +32,6 @@ GAINS = (endpoint, posterior)  # of the student, whose x0 is where the flow ends
 
 def exact(name, target, mean=MEAN, var=VAR):
     return gaussian(mean.tolist(), var.tolist(), SCHEDULES[name], target)
-
-
-class Double:
-    """A stream whose noise is float64, and whose rollouts have a given length."""
-
-    def __init__(self, rng, length=0):
-        self.rng, self.length = rng, length
-
-    def __getattr__(self, name):
-        return getattr(self.rng, name)
-
-    def normal(self, shape, dtype=torch.float64):
-        return self.rng.normal(shape, torch.float64)
-
-    @property
-    def shared(self):
-        return self
-
-    def integer(self, high):
-        return self.length
 
 
 def batch(cond=NOTHING):
