@@ -30,7 +30,8 @@ class Adversarial(Wrapper):
     pixel (the image tower `features`, zoo:NAME or open_clip:..., of decoded samples without noise);
     taps: other blocks for them. loss: a key of CONTESTS. weight: of the student's term; judge_weight: of the heads' beside the
     critic's own. low, high, shift: times to which samples are noised before they are judged. paired: real and fake share time
-    and noise. shared: heads on the critic read the very pass in which it denoises, at its times, where DMD2 noises afresh.
+    and noise. shared: heads on the critic read the very pass in which it denoises or scores, at its times, where DMD2 noises
+    afresh; those on the teacher take a pass of their own, since its score is guided, two halves of which one would have a graph.
     r1, r2: weights of the gradient penalties of real and fake; jitter: the approximate ones' step, 0 for the exact.
     The heads learn in the critic's turns, from the samples it has; where the inner objective has none, in a turn before the
     student's, from samples of the student's turn. An inner objective's own heads stay; if it trains them, only the term is added.
