@@ -1,15 +1,14 @@
 """A student of several experts leaves the house: its export draws what the library draws, by Diffusers and one file alone."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from isolated import proofs_of
 from safetensors.torch import load_file
 from test_export import LORA, RECORD, student
 from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
@@ -19,7 +18,7 @@ from fewstep.adapters import load_teacher
 from fewstep.experts import apart
 from fewstep.export import export
 from fewstep.networks import Full
-from fewstep.verify import OFFLINE, verify
+from fewstep.verify import verify
 
 TEACHERS = {"sd": tiny_sd_pipeline, "zimage": tiny_zimage_pipeline, "ddpm": tiny_ddpm_pipeline}
 # name: (teacher, the experts' kind, sampler, trained steps, phases)
@@ -30,13 +29,6 @@ EXPORTS = {
     "zimage-full": ("zimage", Full(), "ddim", 4, 2),
     "ddpm-merged": ("ddpm", LORA, "ddim", 4, 2),
 }
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import proof
-for job in json.loads(sys.argv[2]):
-    proof.main(*job)
-"""
 
 
 def mixed(teacher, kind, phases: int) -> dict[str, torch.Tensor]:
@@ -60,12 +52,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def proofs(root, tmp_path_factory) -> dict[str, list[dict]]:
     """The findings of one process that cannot import fewstep."""
-    scratch = str(tmp_path_factory.mktemp("scratch"))
-    jobs = [[str(root / name), str(root / EXPORTS[name][0]), scratch] for name in EXPORTS]
-    command = [sys.executable, "-I", "-c", SCRIPT, str(Path(proof.__file__).parent), json.dumps(jobs)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE, cwd=scratch, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return dict(zip(EXPORTS, [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("[{")], strict=True))
+    return proofs_of({name: EXPORTS[name][0] for name in EXPORTS}, root, tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.mark.parametrize("name", EXPORTS)

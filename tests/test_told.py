@@ -1,20 +1,18 @@
 """A student that is told the end of its jump leaves the house: Diffusers and one file tell it what the library tells it."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from isolated import proofs_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_export import RECORD, student
-from test_mixture import SCRIPT
 from tiny import MAKERS, save, tiny_sd_pipeline, tiny_zimage_pipeline
 
 from fewstep import judging, proof, told
@@ -28,7 +26,6 @@ from fewstep.export import ENDS_FILE, export
 from fewstep.exported import Exported
 from fewstep.networks import Full
 from fewstep.preview import Preview
-from fewstep.verify import OFFLINE
 
 # name: (teacher, what its network takes, trained steps)
 EXPORTS = {
@@ -81,12 +78,7 @@ def runs(root) -> dict[str, Run]:
 @pytest.fixture(scope="module")
 def proofs(root, runs, tmp_path_factory) -> dict[str, list[dict]]:
     """The findings of one process that cannot import fewstep."""
-    scratch = str(tmp_path_factory.mktemp("scratch"))
-    jobs = [[str(root / name), "", scratch] for name in CLAIMED]
-    command = [sys.executable, "-I", "-c", SCRIPT, str(Path(proof.__file__).parent), json.dumps(jobs)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE, cwd=scratch, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return dict(zip(CLAIMED, [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("[{")], strict=True))
+    return proofs_of(dict.fromkeys(CLAIMED, ""), root, tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.mark.parametrize("name", CLAIMED)

@@ -1,15 +1,13 @@
 """Every kind of export is proved in a fresh process without fewstep, and every way of breaking one is found."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from isolated import proofs_of
 from safetensors.torch import load_file, safe_open, save_file
 from test_export import LORA, RECORD, student
 from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
@@ -18,7 +16,7 @@ from fewstep import proof
 from fewstep.adapters import load_teacher
 from fewstep.export import LORA_FILE, export
 from fewstep.networks import Full
-from fewstep.verify import OFFLINE, verify
+from fewstep.verify import verify
 
 TEACHERS = {"sd": tiny_sd_pipeline, "zimage": tiny_zimage_pipeline, "ddpm": tiny_ddpm_pipeline}
 # name: (teacher, the student's kind, sampler, trained steps, form, layout)
@@ -38,13 +36,6 @@ EXPORTS = {
     "ddpm-merged": ("ddpm", LORA, "ddim", 4, "full", None),
     "ddpm-peft-lora": ("ddpm", LORA, "ddim", 4, None, None),
 }
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import proof
-for job in json.loads(sys.argv[2]):
-    proof.main(*job)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +52,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def proofs(root, tmp_path_factory) -> dict[str, list[dict]]:
     """The findings on every export but the first, by one fresh process: it starts in seconds, a proof takes less than one."""
-    scratch = str(tmp_path_factory.mktemp("scratch"))
-    names = list(EXPORTS)[1:]
-    jobs = [[str(root / name), str(root / EXPORTS[name][0]), scratch] for name in names]
-    command = [sys.executable, "-I", "-c", SCRIPT, str(Path(proof.__file__).parent), json.dumps(jobs)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE, cwd=scratch, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return dict(zip(names, [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("[{")], strict=True))
+    return proofs_of({name: EXPORTS[name][0] for name in list(EXPORTS)[1:]}, root, tmp_path_factory.mktemp("scratch"))
 
 
 def wanted(name: str) -> set[str]:
