@@ -1,6 +1,6 @@
 """Which family learns under which objective: `python eval/matrix.py [--families sd flux ...]` writes README's table.
 
-A cell takes the tiny random pipeline of a family (tests/tiny.py) through two rounds of an objective with LoRA or full weights, by
+A cell takes the tiny random pipeline of a family (tests/tiny) through two rounds of an objective with LoRA or full weights, by
 the trainer itself: every update finite, each turn's movers moved and nobody else, the student exported, the export proved by
 stock Diffusers. It shows that the parts fit together and nothing of quality. A cell that is not run keeps what README says.
 """

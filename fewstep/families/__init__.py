@@ -43,6 +43,6 @@ def family_of(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(
             f"{name} is not a family fewstep knows ({', '.join(sorted(FAMILIES))}); to add it, write an entry of about 25 lines "
-            "in fewstep/families/ and its tiny pipeline in tests/tiny.py (CONTRIBUTING.md, 'Add a family')"
+            "in fewstep/families/ and its tiny pipeline in tests/tiny (CONTRIBUTING.md, 'Add a family')"
         )
     return FAMILIES[name]

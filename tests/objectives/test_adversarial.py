@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from toys import NOTHING, OneLevel, gaussian, play, ring, stream, times
+from toys import NOTHING, OneLevel, gaussian, play, ring, times
 
 from fewstep.config import parse
 from fewstep.losses import CONTESTS
@@ -17,6 +17,7 @@ from fewstep.objectives.dmd import DMD
 from fewstep.objectives.f_distill import FDistill
 from fewstep.objectives.uni_instruct import UniInstruct
 from fewstep.sampling import ddim
+from fewstep.stream import stream
 
 RULES = CONTESTS["non_saturating"]
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from every import EVERY, made
 from toys import (
     NOTHING,
     SCHEDULES,
     Gaussian,
-    Joined,
     Learner,
     denoiser,
     endpoint,
@@ -20,7 +19,6 @@ from toys import (
     gaussian,
     play,
     ring,
-    side_by_side,
     sliced_w2,
 )
 
@@ -28,9 +26,7 @@ from fewstep.config import parse
 from fewstep.denoiser import Guided
 from fewstep.experts import PhasedExperts
 from fewstep.objectives import Batch, objectives, register
-from fewstep.objectives.adversarial import Adversarial
 from fewstep.objectives.progressive import Progressive
-from fewstep.objectives.uni_instruct import UniInstruct
 from fewstep.sampling import uniform_grid
 from fewstep.stream import stream
 
@@ -91,23 +87,8 @@ SAME_STEPS = {"guidance"}
 # What these need to come down to one step at once, not in stages.
 ONE_STEP = {"progressive": {"factor": 16}, "adversarial_distance": {"inner": Progressive(steps=1, factor=16)}}
 
-# What the registry holds, and each of it judged by heads on either backbone, or by its own where it has some.
-INNER = [name for name in objectives() if name != "adversarial"]
-HEADED = [name for name in INNER if "heads" in objectives()[name]().needs.roles]
-EVERY = [*objectives(), *(f"dmd2+{name}" for name in INNER), *(f"ladd+{name}" for name in INNER if name not in HEADED)]
-
-
 every = pytest.mark.parametrize("name", objectives())
 judged = pytest.mark.parametrize("name", EVERY)
-
-
-def made(name, steps=2, **options):
-    """An objective by name; "dmd2+NAME" is that one with heads, and a wrapper alone wraps its default."""
-    heads, _, name = name.rpartition("+")
-    kind = objectives()[name]
-    if "inner" in kind.__dataclass_fields__:
-        return kind(inner=replace(kind().inner, steps=steps))
-    return Adversarial(inner=kind(steps=steps), heads=heads) if heads else kind(steps=steps)
 
 
 def weights(world):
@@ -182,44 +163,6 @@ def test_the_same_seed_gives_the_same_bits(name):
     assert all(torch.equal(first[k], again[k]) for k in first)
     # where nothing is guided, as in this world, a student of guidance starts at its optimum
     assert name in SAME_STEPS or not all(torch.equal(first[k], other[k]) for k in first)
-
-
-@pytest.mark.parametrize("name", [*EVERY, "uni_instruct-kl"])
-def test_two_processes_are_one_on_the_joined_batch(name):
-    """T28: what they average is the gradient of one process that holds the samples of both, in every turn. Nothing of a batch
-    may be drawn or averaged a process apart."""
-    objective = made(name) if name in EVERY else Adversarial(inner=UniInstruct(steps=2, divergence="kl"))
-    world, n = ring(objective, torch.float64), 16
-    for net in world.players.values():
-        for weight in net.double().parameters():  # heads too; away from the start, where last layers are zero
-            weight.data += 0.2 * torch.randn_like(weight)
-
-    def found(turn, batch, key, *ranks, everywhere=Tensor.detach):
-        """The movers' gradients in one vector."""
-        rng = Joined(tuple(stream(0, rank, *key) for rank in ranks), n)
-        weights = [p for mover in turn.movers for p in world.players[mover].parameters()]
-        grads = torch.autograd.grad(
-            turn.loss(replace(world.nets, everywhere=everywhere), batch, rng).total,
-            weights,
-            materialize_grads=True,
-            allow_unused=True,
-        )
-        return torch.cat([g.flatten() for g in grads])
-
-    for round_ in sorted({0, objective.needs.rounds - 1}):  # the last phase, where there are several
-        for i, turn in enumerate(objective.round(round_)):
-            for player, net in world.players.items():
-                net.requires_grad_(player in turn.movers)
-            whole = world.batch(2 * n)
-            latents, noise = (None if x is None else x.double() for x in (whole.latents, whole.noise))
-            halves = [
-                replace(whole, shape=(n, 2), latents=latents[part], noise=None if noise is None else noise[part])
-                for part in (slice(n), slice(n, None))
-            ]
-            one = found(turn, replace(whole, latents=latents, noise=noise), (round_, i), 0, 1)
-            two = side_by_side(lambda rank, mean: found(turn, halves[rank], (round_, i), rank, everywhere=mean))  # noqa: B023
-            assert one.abs().max() > 0
-            torch.testing.assert_close(sum(two) / 2, one, rtol=1e-8, atol=1e-8 * one.abs().max().item())
 
 
 @judged

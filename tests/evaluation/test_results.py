@@ -1,0 +1,149 @@
+"""Files of results, how they are merged, and the report that shows them."""
+
+import base64
+import io
+import os
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewstep.evaluation import latency, results
+from fewstep.evaluation.protocol import Protocol, describe
+from fewstep.evaluation.report import write_report
+
+PLACE, CLIP = "zoo:sprites", "zoo:sprites-clip"
+TINY = Protocol(name="tiny", prompts=PLACE, n=40, seed=7, extractor=CLIP, clip=CLIP, reference=PLACE)
+
+
+def rows():
+    return [
+        {"model": "teacher", "steps": 50, "fd": 0.4321, "kid": 0.001, "kid_stderr": 0.0002, "clip": 31.25, "latency_ms": 500.0},
+        {"model": "student", "steps": 1, "fd": 3.875, "kid": 0.02, "kid_stderr": 0.0004, "clip": 30.5, "latency_ms": 10.5},
+        {"model": "student", "steps": 4, "fd": 0.6543, "kid": 0.002, "kid_stderr": 0.0003, "clip": 31.0, "latency_ms": 40.0},
+    ]
+
+
+def test_results_name_what_was_used(zoo_clip, tmp_path):
+    entry = describe(TINY)
+    made = results.new(rows(), entry)
+    results.write(tmp_path / "a" / "results.json", made)
+    assert results.read(tmp_path / "a" / "results.json") == made
+    assert set(made) == {"rows", "protocol", "environment"}
+    assert {"python", "torch", "diffusers", "cpu", "cores", "threads", "git_commit", "date"} <= set(made["environment"])
+    assert made["protocol"]["hash"] == TINY.hash and made["protocol"]["extractor_id"].startswith("open_clip:tiny-clip:")
+    assert len(entry["reference_sha256"]) == len(entry["prompts_sha256"]) == 64
+
+
+def test_a_kill_leaves_the_old_results_whole(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    results.write(file, results.new(rows(), {"hash": "a"}))
+    old = file.read_bytes()
+    for wound in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, wound, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                results.write(file, results.new(rows()[:1], {"hash": "a"}))
+        assert file.read_bytes() == old and [f.name for f in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"model": "student", "steps": 1, "fd": float("nan")}, "row 0: fd is nan"),
+        ({"model": "other", "steps": 1}, "teacher or student"),
+        ({"model": "student"}, "steps"),
+    ],
+)
+def test_a_row_that_says_too_little_is_refused(row, says):
+    with pytest.raises(ValueError, match=says):
+        results.new([row], {"hash": "a"})
+
+
+def test_merging_refuses_another_protocol():
+    a, b = (
+        results.new(rows()[:2], {"hash": "a", "extractor_id": "x"}),
+        results.new(rows()[1:], {"hash": "a", "extractor_id": "x"}),
+    )
+    assert results.merge(a, b)["rows"] == rows()
+    with pytest.raises(ValueError, match="hash a and under b do not compare"):
+        results.merge(a, b | {"protocol": {"hash": "b", "extractor_id": "x"}})
+    with pytest.raises(ValueError, match="extractor_id x and under y"):
+        results.merge(a, b | {"protocol": {"hash": "a", "extractor_id": "y"}})
+
+
+def test_a_file_that_holds_no_results_is_refused(tmp_path):
+    for text in ("[", "{}", '{"rows": [], "protocol": {}, "environment": {}}'):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(ValueError, match="r.json"):
+            results.read(tmp_path / "r.json")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("report")
+    Image.fromarray(np.full((8, 8, 3), 77, np.uint8)).save(folder / "grid.png")
+    found = results.new(rows(), {"hash": "cafe", "name": "<b>tiny</b>"})
+    records = [{"round": i, "student/loss": 1 / (i + 1), "critic/loss": 2.0, "seconds": 3} for i in range(5)]
+    other = results.new(rows()[1:2], {"hash": "beef", "name": "other"})
+    file = write_report(
+        folder / "report.html",
+        results=[found, other],
+        grids=[("teacher & student", folder / "grid.png")],
+        curves={"run": records},
+    )
+    return file.read_text("utf-8")
+
+
+def test_the_report_shows_the_numbers(page):
+    for text in (
+        "0.432",
+        "3.875",
+        "0.654",
+        "31.25",
+        "20.00 ± 0.40",
+        "500.0",
+        "teacher, 50 steps",
+        "student, 1 step<",
+        "cafe",
+        "beef",
+    ):
+        assert text in page, text
+    assert page.count('class="best">0.654') == 1  # the better student; the teacher does not compete
+
+
+def test_the_report_holds_its_pictures_and_escapes_its_text(page):
+    pictures = [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    assert len(pictures) == 4  # a plot a protocol, the grid, the curves
+    assert (8, 8) in [p.size for p in pictures] and all(p.load() for p in pictures)
+    assert "<b>tiny" not in page and "&lt;b&gt;tiny" in page and "teacher &amp; student" in page
+    assert "<script" not in page and "http" not in page
+
+
+def test_a_report_needs_neither_grids_nor_curves_nor_matplotlib(tmp_path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    text = write_report(tmp_path / "r.html", results=[results.new(rows(), {"hash": "a"})]).read_text("utf-8")
+    assert "3.875" in text and "fewstep[report]" in text and "data:image" not in text
+    (tmp_path / "no.png").write_text("text")
+    with pytest.raises(ValueError, match="no PNG"):
+        write_report(tmp_path / "r.html", results=[], grids=[("x", tmp_path / "no.png")])
+
+
+def test_timings_leave_the_warm_up_out():
+    calls, syncs = [], []
+
+    def call():
+        calls.append(None)
+        time.sleep(0.05 if len(calls) <= 2 else 0.002)
+
+    found = latency.measure(call, warmup=2, repeats=5, sync=lambda: syncs.append(None))
+    assert len(calls) == 7 and len(syncs) == 10
+    assert 2 <= found["p50_ms"] <= found["p90_ms"] < 45 and found["repeats"] == 5
+    with pytest.raises(ValueError, match="one warm-up"):
+        latency.measure(call, warmup=0)
+    assert 10 < latency.throughput(lambda: time.sleep(0.002), 4) < 2000
