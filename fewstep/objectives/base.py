@@ -95,13 +95,15 @@ class Turn:
 
     followers: roles that are drawn after the player when it has moved, each by a share of the way, 0 (not at all) to 1 (they
     become its copy). They must have weights of the same kind.
-    fresh: before it, the player goes back to the weights it had before training, and its optimizer forgets."""
+    fresh: before it, the player goes back to the weights it had before training, and its optimizer forgets.
+    sample: what the loss hands on as its sample, from the same draws but without its targets; None: ask the loss itself."""
 
     player: str
     loss: Callable[[Nets, Batch, Stream], Losses]
     others: tuple[str, ...] = ()
     followers: Mapping[str, float] = field(default_factory=dict)
     fresh: bool = False
+    sample: Callable[[Nets, Batch, Stream], Tensor] | None = None
 
     @property
     def movers(self) -> tuple[str, ...]:

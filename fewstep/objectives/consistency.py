@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Prediction
+from fewstep.denoiser import Cond, Prediction
 from fewstep.losses import mse, pseudo_huber
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.ranges import at_least, share
@@ -60,7 +60,7 @@ class Consistency(Objective):
         return ("renoise",) if (self.segments or self.steps) == 1 else ("ddim",)
 
     def round(self, step: int) -> list[Turn]:
-        return [Turn("student", self.student_loss)]
+        return [Turn("student", self.student_loss, sample=self.sample)]
 
     def times(self, grid: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         """(times (N + 1,) rising from 0, lower edge (N + 1,) of the segment that *ends* at each): a time on an edge belongs to
@@ -70,13 +70,23 @@ class Consistency(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """d(jump(x_t, t -> edge), sg jump(x_s, s -> edge)) with x_s one guided teacher step below (PCM, eq. 9; LCM, eq. 9)."""
-        assert batch.latents is not None
         times, edges = self.times(nets.grid)
-        i = 1 + rng.integers(self.solver_steps, len(batch.latents))
-        g = scales(self.guidance, len(i), rng)
-        landed, target, prediction = pair(nets, batch, rng, times[i], times[i - 1], edges[i], g=g)
+        i, g, x_t = self._start(nets, batch, rng)
+        landed, target, prediction = pair(nets, batch.cond, rng, x_t, times[i], times[i - 1], edges[i], g=g)
         landing = Landing(prediction.x_t.detach(), times[i], landed, target, edges[i])
         return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0, landing)
+
+    def sample(self, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
+        """The student's x0 at the place where `student_loss` would begin."""
+        i, g, x_t = self._start(nets, batch, rng)
+        return nets.student(x_t, self.times(nets.grid)[0][i], batch.cond, g=g).x0
+
+    def _start(self, nets: Nets, batch: Batch, rng: Stream) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(which of the teacher's times (B,), the scales that are fed, x_t there)."""
+        assert batch.latents is not None
+        i = 1 + rng.integers(self.solver_steps, len(batch.latents))
+        g = scales(self.guidance, len(i), rng)
+        return i, g, nets.student.schedule.add_noise(batch.latents, rng.normal_like(batch.latents), self.times(nets.grid)[0][i])
 
 
 def check_grid(steps: int, segments: int, solver_steps: int) -> None:
@@ -115,8 +125,9 @@ def first_of_segment(solver_steps: int, segments: int) -> Tensor:
 
 def pair(
     nets: Nets,
-    batch: Batch,
+    cond: Cond,
     rng: Stream,
+    x_t: Tensor,
     t: Tensor,
     s: Tensor,
     end: Tensor,
@@ -127,16 +138,14 @@ def pair(
 ) -> tuple[Tensor, Tensor, Prediction]:
     """(the student's jump t -> end, without a graph the target's jump s -> end from x_s one teacher step below x_t, the student's
     prediction at x_t). g, r: what the student's network is fed besides; the teacher is guided at g. solver: how it steps."""
-    assert batch.latents is not None
-    schedule, x0 = nets.student.schedule, batch.latents
-    x_t = schedule.add_noise(x0, rng.normal_like(x0), t)
+    schedule = nets.student.schedule
     with torch.no_grad():
-        x_s = solver(nets, batch.cond, x_t, t, s, g, rng)
+        x_s = solver(nets, cond, x_t, t, s, g, rng)
         # Where s is the end the target is x_s itself; the network is asked at t instead, and not listened to.
         arrived = s <= end
-        ahead = (nets.average or nets.student)(x_s, torch.where(arrived, t, s), batch.cond, g=g, r=r)
+        ahead = (nets.average or nets.student)(x_s, torch.where(arrived, t, s), cond, g=g, r=r)
         target = torch.where(like(arrived, x_s).bool(), x_s, ddim(schedule, ahead, end, rng))
-    prediction = nets.student(x_t, t, batch.cond, g=g, r=r)
+    prediction = nets.student(x_t, t, cond, g=g, r=r)
     return ddim(schedule, prediction, end, rng), target, prediction
 
 

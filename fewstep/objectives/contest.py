@@ -61,9 +61,10 @@ def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses
 
 
 def drawn(student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
-    """What the student's turn would hand on, without a graph."""
+    """What the student's turn would hand on, without a graph, and without its targets where the turn can do so."""
+    rng = rng.child("sample")
     with torch.no_grad():
-        sample = student.loss(nets, batch, rng.child("sample")).sample
+        sample = student.sample(nets, batch, rng) if student.sample else student.loss(nets, batch, rng).sample
     assert sample is not None, "an objective hands on its student's sample"
     return sample
 

@@ -77,18 +77,14 @@ class SCM(Objective):
         return ("renoise",)  # x0 is a sample at every time, and no point of a trajectory
 
     def round(self, step: int) -> list[Turn]:
-        return [Turn("student", partial(self.student_loss, warm=min(1.0, (step + 1) / max(1, self.warmup))), self._others)]
+        loss = partial(self.student_loss, warm=min(1.0, (step + 1) / max(1, self.warmup)))
+        return [Turn("student", loss, self._others, sample=self.sample)]
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream, warm: float = 1.0) -> Losses:
         """(e^w |F - sg(F + tangent)|^2 - w) / 2 in two terms, whose gradient in F is -e^w tangent (half of equation 8)."""
-        assert batch.latents is not None
-        n, student = len(batch.latents), Matched(nets.student, TRIG)
-        t, scale = times(LogNormal(self.mean, self.std), n, rng, student), scales(self.guidance, n, rng)
-        resting = rng.uniform(n) < self.noise_share
-        t = torch.where(resting, student.highest, t)
-        x_t = TRIG.add_noise(batch.latents, rng.normal_like(batch.latents), t)
+        x_t, t, scale, resting = self._start(nets, batch, rng)
         g, stats = tangent(nets, batch, x_t, t, warm, DERIVATIVES[self.derivative], scale)
-        prediction = student(x_t, t, batch.cond, g=scale)
+        prediction = Matched(nets.student, TRIG)(x_t, t, batch.cond, g=scale)
         loss = push(prediction.v, -unit(g, self.floor))
         if self.weighting == "none":
             return Losses({"scm": loss}, stats, prediction.x0)
@@ -96,6 +92,20 @@ class SCM(Objective):
         pushed = g.flatten(1).any(1) & ~resting.to(g.device)
         w = torch.where(pushed, nets.weighting(t), 0.0)
         return Losses({"scm": w.exp() * loss, "weighting": -w / 2}, stats | {"weight": w.exp().mean()}, prediction.x0)
+
+    def sample(self, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
+        """The student's x0 at the places where `student_loss` would take its tangent."""
+        x_t, t, scale, _ = self._start(nets, batch, rng)
+        return Matched(nets.student, TRIG)(x_t, t, batch.cond, g=scale).x0
+
+    def _start(self, nets: Nets, batch: Batch, rng: Stream) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """(x_t on TrigFlow, its times (B,), the scales that are fed, whether each was put at the noise end (B,))."""
+        assert batch.latents is not None
+        n, student = len(batch.latents), Matched(nets.student, TRIG)
+        t, scale = times(LogNormal(self.mean, self.std), n, rng, student), scales(self.guidance, n, rng)
+        resting = rng.uniform(n) < self.noise_share
+        t = torch.where(resting, student.highest, t)
+        return TRIG.add_noise(batch.latents, rng.normal_like(batch.latents), t), t, scale, resting
 
 
 def times(law: LogNormal, n: int, rng: Stream, student: Matched) -> Tensor:
