@@ -26,7 +26,9 @@ from fewstep.shapes import sizes_of
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen pipeline with what its family knows of it."""
+    """A frozen pipeline with what its family knows of it.
+
+    first: the network's timestep at which a student is deployed to be handed pure noise; None: the noise end of the schedule."""
 
     path: str
     pipe: Any
@@ -34,6 +36,7 @@ class Teacher:
     schedule: NoiseSchedule
     target: str
     setting: Setting
+    first: int | None = None
 
     @property
     def net(self) -> Any:
@@ -155,11 +158,11 @@ class Teacher:
 
     def scheduler(self, sampler: str) -> Any:
         """The stock scheduler that computes a sampler's steps for this family. Raises ValueError if there is none."""
-        return make_scheduler(self.family, self.pipe.scheduler.config, sampler)
+        return make_scheduler(self.family, self.pipe.scheduler.config, sampler, self.first)
 
     def deployed_grid(self, steps: int, sampler: str) -> tuple[float, ...]:
         """`grid` for a student to be exported. Raises ValueError for a count whose stock steps are not the library's."""
-        levels = getattr(self.schedule, "num_levels", steps)
+        levels = getattr(self.schedule, "num_levels", steps) if self.first is None else self.first + 1
         if sampler == "ddim" and levels % steps:
             # DDIMScheduler jumps to t - levels // steps, which is then not the next time it visits.
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ class Study:
     @property
     def device(self) -> torch.device:
         return next(self.teacher.net.parameters()).device
+
+    @property
+    def deployed(self) -> Teacher:
+        """The teacher's pipeline as the student is deployed in it."""
+        return replace(self.teacher, first=self.config.student.conditioning_timestep)
 
     @cached_property
     def null(self) -> Cond:
@@ -112,7 +117,7 @@ class Study:
 
     def draw_student(self, cond: Cond, steps: int, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3), with the weights its role has now."""
-        times = self.teacher.grid(steps, self.sampler)
+        times = self.deployed.grid(steps, self.sampler)
         student = self.student(self.roles["student"], times)
         return generate(self.teacher, student, cond, times, self.sampler, seed=seed, bar=bar)
 
@@ -164,7 +169,8 @@ def study_of(config: Config, teacher: Teacher) -> Study:
 def _deployed(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]:
     """(sampler, grid) of the student. Raises ValueError where no stock pipeline would step so."""
     sampler = deployed_sampler(name_of(config.objective), config.objective, teacher.family.samplers)
-    return sampler, teacher.deployed_grid(config.objective.steps, sampler)
+    deployed = replace(teacher, first=config.student.conditioning_timestep)
+    return sampler, deployed.deployed_grid(config.objective.steps, sampler)
 
 
 def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
@@ -258,7 +264,7 @@ class Run:
         wish = self.config.teacher  # loaded afresh: the study's network carries the adapters
         teacher = load_teacher(wish.path, size=wish.size, guidance=wish.guidance)
         return export(
-            teacher,
+            replace(teacher, first=self.config.student.conditioning_timestep),
             self.config.student_kind(),
             self.weights,
             guidance=self.study.guidance,

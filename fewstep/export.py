@@ -126,7 +126,7 @@ def _pristine(teacher: Teacher) -> Teacher:
     changed = any(p.dtype != torch.float32 or p.device.type != "cpu" for p in tensors)
     if not changed and not any(isinstance(m, BaseTunerLayer) for m in teacher.net.modules()):
         return teacher
-    return replace(load_teacher(teacher.path), setting=teacher.setting)
+    return replace(load_teacher(teacher.path), setting=teacher.setting, first=teacher.first)
 
 
 def _student(teacher: Teacher, kind: Full | Lora, weights: Mapping[str, Tensor]) -> Role:

@@ -25,7 +25,7 @@ def plan(config: Config) -> dict[str, Any]:
     family, sampler = teacher.family, study.sampler
     grids = {}
     for n in study.steps():
-        times = teacher.schedule.model_time(torch.tensor(teacher.grid(n, sampler), dtype=torch.float64))
+        times = teacher.schedule.model_time(torch.tensor(study.deployed.grid(n, sampler), dtype=torch.float64))
         grids[str(n)] = [round(x, 3) for x in times.tolist()]
     frozen = ("teacher", "average", "tutor", "pixels")
     trained = {k: sum(p.numel() for p in role.parameters()) for k, role in study.roles.items() if k not in frozen}

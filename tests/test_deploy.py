@@ -5,8 +5,7 @@ import math
 import diffusers
 import pytest
 import torch
-from test_adapters import Made
-from tiny import MAKERS, save
+from tiny import MAKERS, Made, save
 
 from fewstep.adapters import load_teacher
 from fewstep.deploy import seen_times

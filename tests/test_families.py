@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from test_adapters import Made, ours, seen, stock
+from test_adapters import ours, seen, stock
 from test_export import LORA, RECORD, student
-from tiny import MAKERS, save
+from tiny import MAKERS, Made, save
 
 from fewstep import proof
 from fewstep.adapters import load_teacher

@@ -16,9 +16,8 @@ from diffusers import (
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from test_adapters import Made
 from test_export import LORA, student
-from tiny import MAKERS, save
+from tiny import MAKERS, Made, save
 
 from fewstep import keymaps, lorafiles, loraformat, strength
 from fewstep.adapters import load_teacher

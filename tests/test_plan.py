@@ -87,7 +87,8 @@ def test_every_config_that_ships_parses_and_plans(file, request):
     if file in RECIPES:  # the same settings on a tiny pipeline of the same class, at its size
         path, size = request.getfixturevalue("twins")[file.stem.split("-")[0]]
         assert size is None or config.teacher.size is None or len(size) == len(config.teacher.size)
-        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": path, "size": size})})
+        teacher = {"teacher": config.teacher.model_copy(update={"path": path, "size": size})}
+        config = config.model_copy(update={**teacher, "stages": tuple(s.model_copy(update=teacher) for s in config.stages)})
     found = plan(config)
     assert found["settings"]["train"]["rounds"] == config.train.rounds
     assert set(found["trained parameters"]) >= {"student", *config.objective.needs.roles}

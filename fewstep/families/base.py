@@ -231,8 +231,9 @@ SPACED_FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_scheduler(family: Family, config: Any, sampler: str) -> Any:
-    """The stock scheduler of a sampler, from the config of the teacher's own. Raises ValueError if the family has none."""
+def make_scheduler(family: Family, config: Any, sampler: str, first: int | None = None) -> Any:
+    """The stock scheduler of a sampler, from the config of the teacher's own; first: see `cut`. Raises ValueError if the family
+    has none."""
     if sampler not in family.samplers:
         raise ValueError(
             f"no stock scheduler of this family computes the sampler {sampler!r}; it has: {', '.join(family.samplers)}"
@@ -249,7 +250,25 @@ def make_scheduler(family: Family, config: Any, sampler: str) -> Any:
                 "pipeline; save the teacher with use_dynamic_shifting=False and the shift of the size you want"
             )
         config = {k: v for k, v in config.items() if k in takes}
-    return kind.from_config(config, **fixed)
+    made = kind.from_config(config, **fixed)
+    return made if first is None else cut(made, first)
+
+
+def cut(scheduler: Any, first: int) -> Any:
+    """The same scheduler with the noisier end of its table cut off, so that it hands the network pure noise at the timestep
+    `first`. Raises ValueError where there is no table, or no such place in it."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise ValueError(
+            f"student.conditioning_timestep is a place in a table of noise levels, which {type(scheduler).__name__} has not; "
+            "leave it away for this teacher"
+        )
+    if not 0 < first < len(table):
+        raise ValueError(f"student.conditioning_timestep is a timestep of this teacher's, 1 to {len(table) - 1}, not {first}")
+    kept = torch.cat([torch.ones(1), table[: first + 1]]).double()
+    betas = {"num_train_timesteps": first + 1, "trained_betas": (1 - kept[1:] / kept[:-1]).tolist()}
+    done = {"rescale_betas_zero_snr": False, "snr_shift_scale": 1.0}  # what was done to the table is in it
+    return type(scheduler).from_config(scheduler.config, **betas, **{k: v for k, v in done.items() if k in scheduler.config})
 
 
 # Packed latents: FLUX and its relatives see 2x2 blocks of pixels as one token.

@@ -156,6 +156,12 @@ class Objective(ABC):
         step). None: any, as where it learns on its own deployed walk; none at all: it draws in one step only."""
         return None
 
+    @property
+    def walks(self) -> bool:
+        """Whether its student is only ever asked on its own deployed walk, so that the walk may begin with pure noise at any
+        time (`student.conditioning_timestep`); others learn from noised data, whose time says how much noise there is."""
+        return False
+
     @abstractmethod
     def round(self, step: int) -> list[Turn]:
         """The turns of round `step`, in order."""
@@ -177,6 +183,10 @@ class Wrapper(Objective):
     @property
     def samplers(self) -> tuple[str, ...] | None:
         return self.inner.samplers
+
+    @property
+    def walks(self) -> bool:
+        return self.inner.walks
 
 
 REGISTRY: dict[str, type[Objective]] = {}

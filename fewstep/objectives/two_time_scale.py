@@ -45,6 +45,10 @@ class TwoTimeScale(Objective):
         return Needs(roles=("critic",))
 
     @property
+    def walks(self) -> bool:
+        return True
+
+    @property
     def apprentices(self) -> tuple[str, ...]:
         """Who learns beside the critic, from the same loss."""
         return ()

@@ -1,0 +1,155 @@
+"""A student that is handed pure noise at a cleaner timestep than its teacher's last: DMD2's 399."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from isolated import proofs_of
+from test_export import RECORD, student
+from tiny import MAKERS, Made, save
+
+from fewstep.adapters import load_teacher
+from fewstep.api import Run, train
+from fewstep.config import parse
+from fewstep.export import export
+from fewstep.networks import Full, Lora
+from fewstep.plan import plan
+from fewstep.preview import Preview
+from fewstep.schedules import DiscreteVP
+
+FIRST = 399
+TABLED = ("sd", "sd21", "sdxl", "pixart", "cogvideox", "dit", "ddpm")
+# name: (teacher, how it was trained, sampler, steps)
+EXPORTS = {
+    "lora": ("sd", Lora(2), "renoise", 1),
+    "velocity": ("sd21", Full(), "ddim", 4),
+    "xl": ("sdxl", Full(), "renoise", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Holds teachers, exports and a run."""
+    return tmp_path_factory.mktemp("conditioning")
+
+
+@pytest.fixture(scope="module")
+def teachers(root):
+    made = Made(lambda name: load_teacher(str(save(MAKERS[name][0](), root / "teachers" / name)), size=MAKERS[name][1]))
+    return Made(lambda name: replace(made[name], first=FIRST))
+
+
+def tree(root, **parts):
+    (root / "prompts.txt").write_text("a circle\na square\n")
+    return {
+        "teacher": {"path": str(root / "teachers/sd"), "guidance": 2.0},
+        "student": {"weights": "full", "conditioning_timestep": FIRST},
+        "objective": {"name": "dmd", "steps": 1, "critic_turns": 1},
+        "data": {"prompts": str(root / "prompts.txt")},
+        "train": {"rounds": 1, "batch": 2, "lr": 2e-2, "ema": 0.0, "warmup": 1, "device": "cpu"},
+        **parts,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(root, teachers) -> Run:
+    _ = teachers["sd"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Preview, "__call__", lambda *_: None)
+        return train(parse(tree(root)), root / "run")
+
+
+@pytest.fixture(scope="module")
+def proofs(root, teachers, run, tmp_path_factory):
+    for name, (family, kind, sampler, steps) in EXPORTS.items():
+        teacher = teachers[family]
+        weights = student(teacher, kind)
+        if name == "xl":  # as after training: its weights are no longer the folder's
+            teacher.pipe.to(torch.bfloat16)
+        export(teacher, kind, weights, sampler=sampler, steps=steps, to=root / name, record=RECORD)
+    run.export(root / "of-a-run")
+    bases = {name: f"teachers/{family}" if name == "lora" else "" for name, (family, *_) in EXPORTS.items()}
+    return proofs_of(bases | {"of-a-run": ""}, root, tmp_path_factory.mktemp("scratch"))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", TABLED)
+def test_the_grid_begins_there_and_its_noise_levels_are_the_teachers(teachers, name, steps):
+    teacher = teachers[name]
+    assert isinstance(teacher.schedule, DiscreteVP)
+    even = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    for sampler in teacher.family.samplers:
+        grid = torch.tensor(teacher.deployed_grid(steps, sampler), dtype=torch.float64)
+        torch.testing.assert_close(teacher.schedule.model_time(grid), (FIRST + 1) * even - 1)
+        own = replace(teacher, first=None).scheduler(sampler)
+        found, wanted = (one.alphas_cumprod.double() for one in (teacher.scheduler(sampler), own))
+        torch.testing.assert_close(found, wanted[: FIRST + 1], rtol=1e-5, atol=0)
+        assert len(own.alphas_cumprod) == 1000
+
+
+@pytest.mark.parametrize("name", [*EXPORTS, "of-a-run"])
+def test_stock_diffusers_draws_what_the_library_draws(proofs, name):
+    assert not [c for c in proofs[name] if not c["ok"]]
+    found = {c["name"] for c in proofs[name]}
+    assert found >= {f"{what} at {n}" for what in ("times", "pixels") for n in (1, 2, 4)}
+
+
+def test_a_run_learns_and_draws_where_it_is_deployed_and_its_teacher_stays_as_it_was(root, run):
+    study = run.study
+    assert study.teacher.schedule.model_time(torch.tensor(study.grid)).tolist() == pytest.approx([FIRST])
+    assert study.teacher.grid(1, "ddim") == (1.0,)
+    assert plan(run.config)["grid (network times)"] == {"1": [399.0], "2": [399.0, 199.0], "4": [399.0, 299.0, 199.0, 99.0]}
+    other = Run(root / "run")
+    other.config = other.config.model_copy(
+        update={"student": run.config.student.model_copy(update={"conditioning_timestep": None})}
+    )
+    words = ["a circle"]
+    assert (other.sample_teacher(words, 2) == run.sample_teacher(words, 2)).all()
+    assert (other.sample(words, 1) != run.sample(words, 1)).any()
+
+
+def test_an_error_of_the_noise_weighs_less_there(teachers):
+    """d x0 / d eps = sigma / alpha: 14.6 at 999 and 1.2 at 399 of SD's table."""
+    schedule = teachers["sd"].schedule
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([1.0, 0.4], dtype=torch.float64))
+    assert (sigma / alpha).tolist() == pytest.approx([14.61, 1.16], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"objective": {"name": "tcd"}, "data": {"images": "zoo:sprites"}}, "objective tcd learns from noised data"),
+        (
+            {"objective": {"name": "phased_dmd", "phase_rounds": 1}, "train": {"rounds": 9}},
+            "objective phased_dmd learns from noised data",
+        ),
+        (
+            {"objective": {"name": "adversarial", "inner": {"name": "consistency"}}, "data": {"images": "zoo:sprites"}},
+            "objective adversarial learns from noised data",
+        ),
+        ({"student": {"conditioning_timestep": 0}}, "student.conditioning_timestep: Input should be greater than or equal to 1"),
+        (
+            {
+                "data": {"prompts": "zoo:sprites", "pairs": 2},
+                "stages": [{}, {"objective": {"name": "regression"}, "teacher": "previous"}],
+            },
+            "stages.2: teacher: a student with a conditioning_timestep knows its own walk alone",
+        ),
+    ],
+)
+def test_who_cannot_begin_elsewhere_is_refused_where_the_config_is_read(root, parts, said):
+    with pytest.raises(ValueError, match=said):
+        parse(tree(root, **parts))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "said"), [("sd", 1000, "1 to 999, not 1000"), ("zimage", 399, "has not; leave it away")]
+)
+def test_a_timestep_that_the_teacher_has_not_is_refused_before_training(root, teachers, name, first, said):
+    _ = teachers[name]
+    parts = {"teacher": {"path": str(root / "teachers" / name)}, "student": {"conditioning_timestep": first}}
+    for look in (plan, lambda config: train(config, root / "nothing")):
+        with pytest.raises(ValueError, match=f"student.conditioning_timestep is a .*{said}"):
+            look(parse(tree(root, **parts)))
+    assert not (root / "nothing").exists()
