@@ -61,13 +61,16 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for everything the demo 
 @app.command()
 def plan(config: Path, set_: Set = None, as_json: Json = False) -> None:
     """Validates a config; shows its deployed grid, roles, parameters, memory and disk. Loads no weights."""
+    import yaml
+
     from fewstep.config import load
     from fewstep.forecast import told
     from fewstep.plan import plan as make
 
     wanted = load(config, set_ or ())
     found = make(wanted) | {"memory (MiB)": told(wanted)}
-    say(found, as_json, [f"{k:<24} {v if not isinstance(v, dict) else json.dumps(v)}" for k, v in found.items()])
+    apart = json.loads(json.dumps(found))  # what stands in several places is written out in each
+    say(found, as_json, [yaml.safe_dump(apart, sort_keys=False, default_flow_style=None, width=120).rstrip()])
 
 
 @app.command()

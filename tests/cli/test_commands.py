@@ -110,3 +110,11 @@ def test_nothing_but_the_sentence_is_on_stderr(teacher, tmp_path):
     done = process("-m", "fewstep", "train", tmp_path / "config.yaml", "--out", tmp_path / "run", FEWSTEP_CACHE=str(tmp_path))
     is_refusal(Result(done.returncode, done.stdout, done.stderr), "is not UTF-8 .*save it as UTF-8")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_yaml_and_whatever_the_libraries_say_of_it_is_not_the_users():
+    """Captions of images are not known beforehand; the one that stands in for them is longer than this teacher reads."""
+    config = ROOT / "configs/sprites-sd-hyper-sd-lora.yaml"
+    plain, told = (process("-m", "fewstep", "plan", config, *more) for more in ((), ("--json",)))
+    assert (plain.returncode, plain.stderr, told.stderr) == (0, "", "")
+    assert yaml.safe_load(plain.stdout) == json.loads(told.stdout) and "&id" not in plain.stdout
