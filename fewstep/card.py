@@ -150,6 +150,11 @@ def _levels(teacher: Teacher, facts: dict[str, Any]) -> str:
         rows.append(f"| {n} | {', '.join(f'{v:.6g}' for v in times)} | {', '.join(f'{v:.6g}' for v in sigmas)} |")
     if facts["runs_by"]:
         return "\n".join(rows)
+    if teacher.first is not None:
+        return (
+            "\n".join(rows)
+            + "\n\nThe first of them is handed pure noise; ComfyUI would hand it less, and is not right for this student."
+        )
     comfy = COMFY.get(facts["sampler"], facts["sampler"])
     return "\n".join(rows) + f"\n\nIn ComfyUI: sampler `{comfy}` with these sigmas (`ManualSigmas`), cfg 1."
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -25,7 +22,7 @@ from fewstep.objectives import Batch, Turn
 from fewstep.optimizers import KINDS
 from fewstep.sampling import STEPS, sample
 from fewstep.stream import stream
-from fewstep.weightless import TrueMasks, bare, pretend, weightless, weightless_teacher
+from fewstep.weightless import TrueMasks, bare, pretend, quiet, weightless, weightless_teacher
 
 A_PROMPT = "an old stone bridge over a quiet river in the light of a late summer afternoon, two boats below it, oil on canvas"
 PICTURES = 8  # of a preview
@@ -34,26 +31,12 @@ PICTURES = 8  # of a preview
 def told(config: Config) -> dict[str, float | str]:
     """A forecast in MiB, of the stage that takes most if there are some: its peak, its phases, the parts of its highest turn."""
     try:
-        with _quiet():
+        with quiet():
             found = max((forecast(stage) for stage in config.stages or (config,)), key=lambda x: max(x["phases"].values()))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         return {"peak": f"not predicted: something reads what the device has computed ({error})"}
     parts = {f"training, {name}": size for name, size in found["parts"].items() if size}
     return {k: round(v / 2**20, 1) for k, v in {"peak": max(found["phases"].values()), **found["phases"], **parts}.items()}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What pipelines say of prompts that they cut is not about the user's."""
-    loggers = diffusers.utils.logging, transformers.utils.logging
-    before = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.set_verbosity(level)
 
 
 def forecast(config: Config) -> dict[str, Any]:

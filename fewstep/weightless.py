@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,17 @@ class TrueMasks(TorchDispatchMode):
 def _numbers(place: Tensor | None) -> list[Tensor | None]:
     masking = type(place) is Tensor and place.dtype == torch.bool
     return list(place.nonzero().unbind(1)) if masking else [place]  # type: ignore[union-attr]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What pipelines say of prompts that they cut is not about the user's."""
+    loggers = diffusers.utils.logging, transformers.utils.logging
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.set_verbosity(level)

@@ -95,6 +95,18 @@ def test_stock_diffusers_draws_what_the_library_draws(proofs, name):
     assert found >= {f"{what} at {n}" for what in ("times", "pixels") for n in (1, 2, 4)}
 
 
+def test_tools_that_would_hand_it_less_noise_are_not_for_it(root, teachers, proofs):
+    """ComfyUI starts at noise x sigma, here three quarters of what the student knows."""
+    assert "ComfyUI would hand it less" in (root / "lora/README.md").read_text()
+    assert "In ComfyUI: sampler" not in (root / "lora/README.md").read_text()
+    for layout in ("comfyui", "kohya"):
+        with pytest.raises(ValueError, match=f"{layout} is for tools .* pure noise at 399; export it for Diffusers"):
+            kind = EXPORTS["lora"][1]
+            given = {"sampler": "renoise", "steps": 1, "to": root / layout, "record": RECORD, "layout": layout}
+            export(teachers["sd"], kind, student(teachers["sd"], kind), **given)
+        assert not (root / layout).exists()
+
+
 def test_a_run_learns_and_draws_where_it_is_deployed_and_its_teacher_stays_as_it_was(root, run):
     study = run.study
     assert study.teacher.schedule.model_time(torch.tensor(study.grid)).tolist() == pytest.approx([FIRST])
