@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.denoiser import Cond, Prediction
 from fewstep.losses import mse, pseudo_huber
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.ranges import at_least, share
+from fewstep.objectives.ranges import at_least, check_scales, share
 from fewstep.objectives.solvers import Solver, first_order
 from fewstep.sampling import ddim
 from fewstep.schedules import like
@@ -96,12 +96,6 @@ def check_grid(steps: int, segments: int, solver_steps: int) -> None:
         raise ValueError(f"segments ({segments}) must divide steps ({steps}), so that segments meet at deployed times")
     if solver_steps % steps:
         raise ValueError(f"solver_steps ({solver_steps}) must be a multiple of steps ({steps})")
-
-
-def check_scales(guidance: tuple[float, float] | None) -> None:
-    """Raises ValueError for a range of guidance scales that is none."""
-    if guidance is not None and not 0 <= guidance[0] <= guidance[1]:
-        raise ValueError(f"guidance is a range of scales, [lowest, highest], not {list(guidance)}; 1 is no guidance")
 
 
 def scales(guidance: tuple[float, float] | None, n: int, rng: Stream) -> Tensor | None:

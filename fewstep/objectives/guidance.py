@@ -9,7 +9,8 @@ import torch
 
 from fewstep.losses import mse, snr_weight
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import check_scales, scales
+from fewstep.objectives.consistency import scales
+from fewstep.objectives.ranges import check_scales
 from fewstep.stream import Stream
 from fewstep.times import Uniform
 

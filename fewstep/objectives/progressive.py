@@ -9,7 +9,8 @@ import torch
 
 from fewstep.losses import mse, snr_weight
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import check_scales, scales, solver_times
+from fewstep.objectives.consistency import scales, solver_times
+from fewstep.objectives.ranges import check_scales
 from fewstep.sampling import ddim
 from fewstep.schedules import like
 from fewstep.stream import Stream

@@ -22,3 +22,9 @@ def share(**settings: float | None) -> None:
     for name, value in settings.items():
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} is a share between 0 and 1, not {value}")
+
+
+def check_scales(guidance: tuple[float, float] | None) -> None:
+    """Raises ValueError for a range of guidance scales that is none."""
+    if guidance is not None and not 0 <= guidance[0] <= guidance[1]:
+        raise ValueError(f"guidance is a range of scales, [lowest, highest], not {list(guidance)}; 1 is no guidance")

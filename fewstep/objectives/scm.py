@@ -12,8 +12,8 @@ from torch import Tensor
 from fewstep.losses import flat_mean, push, unit
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import check_scales, scales
-from fewstep.objectives.ranges import at_least, positive
+from fewstep.objectives.consistency import scales
+from fewstep.objectives.ranges import at_least, check_scales, positive
 from fewstep.schedules import TrigFlow, like
 from fewstep.stream import Stream
 from fewstep.tangents import DERIVATIVES, Derivative

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, final
 from torch import Tensor
 
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import check_grid, check_scales, distance, first_of_segment, pair, scales, solver_times
-from fewstep.objectives.ranges import at_least, share
+from fewstep.objectives.consistency import check_grid, distance, first_of_segment, pair, scales, solver_times
+from fewstep.objectives.ranges import at_least, check_scales, share
 from fewstep.objectives.solvers import SOLVERS
 from fewstep.stream import Stream
 
