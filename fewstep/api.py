@@ -56,10 +56,10 @@ class Study:
     def device(self) -> torch.device:
         return next(self.teacher.net.parameters()).device
 
-    @property
+    @cached_property
     def deployed(self) -> Teacher:
         """The teacher's pipeline as the student is deployed in it."""
-        return replace(self.teacher, first=self.config.student.conditioning_timestep)
+        return _deployed(self.teacher, self.config)
 
     @cached_property
     def null(self) -> Cond:
@@ -108,7 +108,7 @@ class Study:
         if tutor is None or needs.originals or not needs.pairs:
             return Pairs(self.guided(self.roles["teacher"]), data.pairs, data.pairs_steps)
         known = f"{self.config.student_kind()} {digest(self.roles['tutor'].weights())}"
-        return Pairs(self.teaching(self.roles), data.pairs, data.pairs_steps, _deployed(self.teacher, tutor)[0], known)
+        return Pairs(self.teaching(self.roles), data.pairs, data.pairs_steps, _drawn(self.teacher, tutor)[0], known)
 
     def encoded(self, painting: bool) -> None:
         """Lets go of the text encoders, as all is encoded, and of the autoencoder where no picture is drawn or judged."""
@@ -147,7 +147,7 @@ def open_study(config: Config) -> Study:
 def study_of(config: Config, teacher: Teacher) -> Study:
     """The roles of a config on its teacher's network."""
     objective, family = config.objective, teacher.family
-    sampler, grid = _deployed(teacher, config)
+    sampler, grid = _drawn(teacher, config)
     built = build(
         teacher.net,
         config.kinds(),
@@ -166,11 +166,14 @@ def study_of(config: Config, teacher: Teacher) -> Study:
     return Study(config, teacher, roles, sampler, grid)
 
 
-def _deployed(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]:
+def _deployed(teacher: Teacher, config: Config) -> Teacher:
+    return replace(teacher, first=config.student.conditioning_timestep)
+
+
+def _drawn(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]:
     """(sampler, grid) of the student. Raises ValueError where no stock pipeline would step so."""
     sampler = deployed_sampler(name_of(config.objective), config.objective, teacher.family.samplers)
-    deployed = replace(teacher, first=config.student.conditioning_timestep)
-    return sampler, deployed.deployed_grid(config.objective.steps, sampler)
+    return sampler, _deployed(teacher, config).deployed_grid(config.objective.steps, sampler)
 
 
 def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
@@ -191,7 +194,7 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
     parts = config.phases > 1 or config.objective.needs.partly or len(study.teacher.components) > 1
     accelerator = make_accelerator(config.train, partly=parts)
     for part in whole.stages:
-        _deployed(study.teacher, part)  # refused now, not when its turn comes
+        _drawn(study.teacher, part)  # refused now, not when its turn comes
     stage.begin(study.roles)
     for name in {"teacher", "tutor"} & study.roles.keys():  # who draws pairs
         study.roles[name].net.to(accelerator.device)
@@ -262,9 +265,8 @@ class Run:
         if results.exists():
             record["results"] = json.loads(results.read_text())
         wish = self.config.teacher  # loaded afresh: the study's network carries the adapters
-        teacher = load_teacher(wish.path, size=wish.size, guidance=wish.guidance)
         return export(
-            replace(teacher, first=self.config.student.conditioning_timestep),
+            _deployed(load_teacher(wish.path, size=wish.size, guidance=wish.guidance), self.config),
             self.config.student_kind(),
             self.weights,
             guidance=self.study.guidance,

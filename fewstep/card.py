@@ -148,15 +148,13 @@ def _levels(teacher: Teacher, facts: dict[str, Any]) -> str:
         alpha, sigma = teacher.schedule.alpha_sigma(t)
         sigmas = [*(sigma if flow else sigma / alpha).tolist(), 0.0]
         rows.append(f"| {n} | {', '.join(f'{v:.6g}' for v in times)} | {', '.join(f'{v:.6g}' for v in sigmas)} |")
+    table = "\n".join(rows)
     if facts["runs_by"]:
-        return "\n".join(rows)
+        return table
     if teacher.first is not None:
-        return (
-            "\n".join(rows)
-            + "\n\nThe first of them is handed pure noise; ComfyUI would hand it less, and is not right for this student."
-        )
+        return f"{table}\n\nThe first one is handed pure noise; ComfyUI would hand it less, and is not right for this student."
     comfy = COMFY.get(facts["sampler"], facts["sampler"])
-    return "\n".join(rows) + f"\n\nIn ComfyUI: sampler `{comfy}` with these sigmas (`ManualSigmas`), cfg 1."
+    return f"{table}\n\nIn ComfyUI: sampler `{comfy}` with these sigmas (`ManualSigmas`), cfg 1."
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -61,11 +61,6 @@ def export(
     time embedding cannot hold what it was told."""
     to = Path(to).absolute()
     form, names = lorafiles.choose(teacher, kind, form, layout, phases)
-    if teacher.first is not None and layout in card.PLACES:
-        raise ValueError(
-            f"{layout} is for tools that hand a network as much noise as its time says, and this student takes pure noise at "
-            f"{teacher.first}; export it for Diffusers"
-        )
     told = isinstance(kind, Full) and embedders.END in kind.inputs
     if told and phases > 1:
         raise ValueError("no pipeline tells several experts the end of their jump; export a student of one network")

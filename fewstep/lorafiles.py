@@ -48,6 +48,11 @@ def choose(teacher: Teacher, kind: Full | Lora, form: str | None, layout: str | 
             f"a student of {phases} experts runs by {mixture.PIPELINE}, which does not read the layout {names.layout!r}; "
             "export it with " + ("layout='diffusers'" if loads else "form='full'")
         )
+    if teacher.first is not None and names.layout not in ("diffusers", "peft"):
+        raise ValueError(
+            f"{names.layout} is for tools that hand a network as much noise as its time says, and this student takes pure noise "
+            f"at {teacher.first}; export it for Diffusers"
+        )
     return form, names
 
 

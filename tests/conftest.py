@@ -20,3 +20,22 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """name of a family: the folder of its tiny random pipeline."""
+    from tiny import MAKERS, Made, save
+
+    root = tmp_path_factory.mktemp("teachers")
+    return Made(lambda name: save(MAKERS[name][0](), root / name))
+
+
+@pytest.fixture(scope="module")
+def teachers(folders):
+    """name of a family: the teacher of that folder."""
+    from tiny import MAKERS, Made
+
+    from fewstep.adapters import load_teacher
+
+    return Made(lambda name: load_teacher(str(folders[name]), size=MAKERS[name][1]))

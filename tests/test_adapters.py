@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import MAKERS, Made, save, tiny_vae
+from tiny import MAKERS, tiny_vae
 
-from fewstep.adapters import load_teacher
 from fewstep.experts import Relay
 from fewstep.families import make_scheduler
 from fewstep.sampling import STEPS, rollout
@@ -25,17 +24,6 @@ GUIDED = [(name, g) for name in FROM_WORDS for g in (1.0, 4.0) if g == 1 or name
 HANDED_ON = ("sd", "sd21", "sdxl", "pixart", "sana")  # pipelines that hand their scheduler the call's generator
 NOISED = (*HANDED_ON, "sd3", "flux", "flux2", "klein", "qwen", "zimage", "lumina2", "ltx")
 WORDS = ["a red circle", "a small blue square left of a star"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("teachers")
-    return Made(lambda name: save(MAKERS[name][0](), root / name))
-
-
-@pytest.fixture(scope="module")
-def teachers(folders):
-    return Made(lambda name: load_teacher(str(folders[name]), size=MAKERS[name][1]))
 
 
 class Times:

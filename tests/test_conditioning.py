@@ -1,5 +1,6 @@
 """A student that is handed pure noise at a cleaner timestep than its teacher's last: DMD2's 399."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,8 @@ import pytest
 import torch
 from isolated import proofs_of
 from test_export import RECORD, student
-from tiny import MAKERS, Made, save
+from tiny import Made
 
-from fewstep.adapters import load_teacher
 from fewstep.api import Run, train
 from fewstep.config import parse
 from fewstep.export import export
@@ -30,20 +30,20 @@ EXPORTS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Holds teachers, exports and a run."""
+    """Holds exports and runs."""
     return tmp_path_factory.mktemp("conditioning")
 
 
 @pytest.fixture(scope="module")
-def teachers(root):
-    made = Made(lambda name: load_teacher(str(save(MAKERS[name][0](), root / "teachers" / name)), size=MAKERS[name][1]))
-    return Made(lambda name: replace(made[name], first=FIRST))
+def later(teachers):
+    """name of a family: the teacher whose student is handed pure noise at FIRST."""
+    return Made(lambda name: replace(teachers[name], first=FIRST))
 
 
-def tree(root, **parts):
+def tree(root, path="nowhere", **parts):
     (root / "prompts.txt").write_text("a circle\na square\n")
     return {
-        "teacher": {"path": str(root / "teachers/sd"), "guidance": 2.0},
+        "teacher": {"path": str(path), "guidance": 2.0},
         "student": {"weights": "full", "conditioning_timestep": FIRST},
         "objective": {"name": "dmd", "steps": 1, "critic_turns": 1},
         "data": {"prompts": str(root / "prompts.txt")},
@@ -53,30 +53,29 @@ def tree(root, **parts):
 
 
 @pytest.fixture(scope="module")
-def run(root, teachers) -> Run:
-    _ = teachers["sd"]
+def run(root, folders) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Preview, "__call__", lambda *_: None)
-        return train(parse(tree(root)), root / "run")
+        return train(parse(tree(root, folders["sd"])), root / "run")
 
 
 @pytest.fixture(scope="module")
-def proofs(root, teachers, run, tmp_path_factory):
+def proofs(root, folders, later, run, tmp_path_factory):
     for name, (family, kind, sampler, steps) in EXPORTS.items():
-        teacher = teachers[family]
+        teacher = later[family]
         weights = student(teacher, kind)
         if name == "xl":  # as after training: its weights are no longer the folder's
             teacher.pipe.to(torch.bfloat16)
         export(teacher, kind, weights, sampler=sampler, steps=steps, to=root / name, record=RECORD)
     run.export(root / "of-a-run")
-    bases = {name: f"teachers/{family}" if name == "lora" else "" for name, (family, *_) in EXPORTS.items()}
+    bases = {name: str(folders[family]) if name == "lora" else "" for name, (family, *_) in EXPORTS.items()}
     return proofs_of(bases | {"of-a-run": ""}, root, tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("name", TABLED)
-def test_the_grid_begins_there_and_its_noise_levels_are_the_teachers(teachers, name, steps):
-    teacher = teachers[name]
+def test_the_grid_begins_there_and_its_noise_levels_are_the_teachers(later, name, steps):
+    teacher = later[name]
     assert isinstance(teacher.schedule, DiscreteVP)
     even = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     for sampler in teacher.family.samplers:
@@ -89,13 +88,15 @@ def test_the_grid_begins_there_and_its_noise_levels_are_the_teachers(teachers, n
 
 
 @pytest.mark.parametrize("name", [*EXPORTS, "of-a-run"])
-def test_stock_diffusers_draws_what_the_library_draws(proofs, name):
+def test_stock_diffusers_draws_what_the_library_draws(root, proofs, name):
+    times = json.loads((root / name / "fewstep.json").read_text())["times"]
+    assert {times[n][0] for n in ("1", "2", "4")} == {FIRST}
     assert not [c for c in proofs[name] if not c["ok"]]
     found = {c["name"] for c in proofs[name]}
     assert found >= {f"{what} at {n}" for what in ("times", "pixels") for n in (1, 2, 4)}
 
 
-def test_tools_that_would_hand_it_less_noise_are_not_for_it(root, teachers, proofs):
+def test_tools_that_would_hand_it_less_noise_are_not_for_it(root, later, proofs):
     """ComfyUI starts at noise x sigma, here three quarters of what the student knows."""
     assert "ComfyUI would hand it less" in (root / "lora/README.md").read_text()
     assert "In ComfyUI: sampler" not in (root / "lora/README.md").read_text()
@@ -103,7 +104,7 @@ def test_tools_that_would_hand_it_less_noise_are_not_for_it(root, teachers, proo
         with pytest.raises(ValueError, match=f"{layout} is for tools .* pure noise at 399; export it for Diffusers"):
             kind = EXPORTS["lora"][1]
             given = {"sampler": "renoise", "steps": 1, "to": root / layout, "record": RECORD, "layout": layout}
-            export(teachers["sd"], kind, student(teachers["sd"], kind), **given)
+            export(later["sd"], kind, student(later["sd"], kind), **given)
         assert not (root / layout).exists()
 
 
@@ -158,10 +159,8 @@ def test_who_cannot_begin_elsewhere_is_refused_where_the_config_is_read(root, pa
 @pytest.mark.parametrize(
     ("name", "first", "said"), [("sd", 1000, "1 to 999, not 1000"), ("zimage", 399, "has not; leave it away")]
 )
-def test_a_timestep_that_the_teacher_has_not_is_refused_before_training(root, teachers, name, first, said):
-    _ = teachers[name]
-    parts = {"teacher": {"path": str(root / "teachers" / name)}, "student": {"conditioning_timestep": first}}
+def test_a_timestep_that_the_teacher_has_not_is_refused_before_training(root, folders, name, first, said):
     for look in (plan, lambda config: train(config, root / "nothing")):
         with pytest.raises(ValueError, match=f"student.conditioning_timestep is a .*{said}"):
-            look(parse(tree(root, **parts)))
+            look(parse(tree(root, folders[name], student={"conditioning_timestep": first})))
     assert not (root / "nothing").exists()

@@ -6,22 +6,11 @@ import shutil
 import diffusers
 import pytest
 import torch
-from tiny import MAKERS, Made, save
+from tiny import MAKERS
 
 from fewstep.adapters import load_teacher
 from fewstep.denoiser import Cond
 from fewstep.families import FAMILIES
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("teachers")
-    return Made(lambda name: save(MAKERS[name][0](), root / name))
-
-
-@pytest.fixture(scope="module")
-def teachers(folders):
-    return Made(lambda name: load_teacher(str(folders[name]), size=MAKERS[name][1]))
 
 
 def test_conditions_do_not_depend_on_their_batch(teachers):

@@ -5,19 +5,12 @@ import math
 import diffusers
 import pytest
 import torch
-from tiny import MAKERS, Made, save
+from tiny import MAKERS
 
-from fewstep.adapters import load_teacher
 from fewstep.deploy import seen_times
 from fewstep.schedules import RectifiedFlow
 
 DYNAMIC = ("flux", "qwen", "ltx")  # their shift is exp(mu), mu a line in the number of tokens through two points of the config
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    root = tmp_path_factory.mktemp("teachers")
-    return Made(lambda name: load_teacher(str(save(MAKERS[name][0](), root / name)), size=MAKERS[name][1]))
 
 
 def shift(name: str, teacher, config) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_adapters import ours, seen, stock
 from test_export import LORA, RECORD, student
-from tiny import MAKERS, Made, save
+from tiny import MAKERS
 
 from fewstep import proof
 from fewstep.adapters import load_teacher
@@ -18,12 +18,6 @@ from fewstep.networks import Lora, build, gather
 NEW = [name for name in MAKERS if name not in ("sd", "zimage", "ddpm")]  # tests/test_verify.py has those, in more ways
 # renoise is not their first sampler: tokens, tokens of another order than the call's latents, sigmas told, a video, own latents
 NOISED = ("flux", "flux2", "sana", "ltx", "dit")
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    root = tmp_path_factory.mktemp("teachers")
-    return Made(lambda name: load_teacher(str(save(MAKERS[name][0](), root / name)), size=MAKERS[name][1]))
 
 
 @pytest.mark.parametrize(("name", "sampler"), [*((name, None) for name in NEW), *((name, "renoise") for name in NOISED)])

@@ -17,10 +17,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from test_export import LORA, student
-from tiny import MAKERS, Made, save
+from tiny import MAKERS, Made
 
 from fewstep import keymaps, lorafiles, loraformat, strength
-from fewstep.adapters import load_teacher
 from fewstep.loraformat import A, B
 
 # What each tool's layers are called, block numbers as #. ComfyUI: comfy/utils.py (mmdit_to_diffusers, flux_to_diffusers,
@@ -107,12 +106,6 @@ NONE = [
 ]
 UNET = [("sd", "comfyui"), ("sdxl", "kohya")]
 ALL = [*PUBLISHED, *UNET, *((name, "peft") for name in MAKERS), *((name, "diffusers") for name in MAKERS)]
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    root = tmp_path_factory.mktemp("teachers")
-    return Made(lambda name: load_teacher(str(save(MAKERS[name][0](), root / name)), size=MAKERS[name][1]))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import torch
 from faulty import SETTINGS, metrics, same
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import save, tiny_sd_pipeline
 from torch import nn
 
 from fewstep import api, checkpoint
@@ -29,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return str(save(tiny_sd_pipeline(), tmp_path_factory.mktemp("teacher") / "sd"))
+def teacher(folders):
+    return str(folders["sd"])
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Cond, Prediction
+from fewstep.denoiser import Cond, Denoiser, Prediction
 from fewstep.losses import mse, pseudo_huber
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.ranges import at_least, check_scales, share
@@ -70,23 +70,19 @@ class Consistency(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """d(jump(x_t, t -> edge), sg jump(x_s, s -> edge)) with x_s one guided teacher step below (PCM, eq. 9; LCM, eq. 9)."""
-        times, edges = self.times(nets.grid)
-        i, g, x_t = self._start(nets, batch, rng)
-        landed, target, prediction = pair(nets, batch.cond, rng, x_t, times[i], times[i - 1], edges[i], g=g)
-        landing = Landing(prediction.x_t.detach(), times[i], landed, target, edges[i])
-        return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0, landing)
+        return compared(nets, batch.cond, rng, self._start(nets, batch, rng), self.huber)
 
     def sample(self, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
         """The student's x0 at the place where `student_loss` would begin."""
-        i, g, x_t = self._start(nets, batch, rng)
-        return nets.student(x_t, self.times(nets.grid)[0][i], batch.cond, g=g).x0
+        return self._start(nets, batch, rng).asked(nets.student, batch.cond).x0
 
-    def _start(self, nets: Nets, batch: Batch, rng: Stream) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(which of the teacher's times (B,), the scales that are fed, x_t there)."""
+    def _start(self, nets: Nets, batch: Batch, rng: Stream) -> Start:
         assert batch.latents is not None
+        times, edges = self.times(nets.grid)
         i = 1 + rng.integers(self.solver_steps, len(batch.latents))
         g = scales(self.guidance, len(i), rng)
-        return i, g, nets.student.schedule.add_noise(batch.latents, rng.normal_like(batch.latents), self.times(nets.grid)[0][i])
+        x_t = nets.student.schedule.add_noise(batch.latents, rng.normal_like(batch.latents), times[i])
+        return Start(x_t, times[i], times[i - 1], edges[i], g)
 
 
 def check_grid(steps: int, segments: int, solver_steps: int) -> None:
@@ -117,32 +113,33 @@ def first_of_segment(solver_steps: int, segments: int) -> Tensor:
     return (torch.arange(solver_steps + 1) - 1).clamp(min=0) // length * length
 
 
-def pair(
-    nets: Nets,
-    cond: Cond,
-    rng: Stream,
-    x_t: Tensor,
-    t: Tensor,
-    s: Tensor,
-    end: Tensor,
-    *,
-    g: Tensor | None = None,
-    r: Tensor | None = None,
-    solver: Solver = first_order,
-) -> tuple[Tensor, Tensor, Prediction]:
-    """(the student's jump t -> end, without a graph the target's jump s -> end from x_s one teacher step below x_t, the student's
-    prediction at x_t). g, r: what the student's network is fed besides; the teacher is guided at g. solver: how it steps."""
-    schedule = nets.student.schedule
+class Start(NamedTuple):
+    """Where jumps begin and end: x_t at the times t (B,), the teacher's next times s, the ends; g and r are what the student's
+    network is fed besides, the scale that the teacher is guided at and the end."""
+
+    x_t: Tensor
+    t: Tensor
+    s: Tensor
+    end: Tensor
+    g: Tensor | None = None
+    r: Tensor | None = None
+
+    def asked(self, student: Denoiser, cond: Cond) -> Prediction:
+        """The student's prediction at x_t."""
+        return student(self.x_t, self.t, cond, g=self.g, r=self.r)
+
+
+def compared(nets: Nets, cond: Cond, rng: Stream, start: Start, huber: float | None, solver: Solver = first_order) -> Losses:
+    """The distance of the student's jump t -> end from the target's s -> end, which has no graph and starts at x_s, one teacher
+    step below x_t. huber: c of the pseudo-Huber distance (None: mean squared error). solver: how the teacher steps."""
+    schedule, (x_t, t, s, end, g, r) = nets.student.schedule, start
     with torch.no_grad():
         x_s = solver(nets, cond, x_t, t, s, g, rng)
         # Where s is the end the target is x_s itself; the network is asked at t instead, and not listened to.
         arrived = s <= end
         ahead = (nets.average or nets.student)(x_s, torch.where(arrived, t, s), cond, g=g, r=r)
         target = torch.where(like(arrived, x_s).bool(), x_s, ddim(schedule, ahead, end, rng))
-    prediction = nets.student(x_t, t, cond, g=g, r=r)
-    return ddim(schedule, prediction, end, rng), target, prediction
-
-
-def distance(landed: Tensor, target: Tensor, huber: float | None) -> Tensor:
-    """Pseudo-Huber distance (B,), or the mean squared error where there is no c."""
-    return mse(landed, target) if huber is None else pseudo_huber(landed, target, huber)
+    prediction = start.asked(nets.student, cond)
+    landed = ddim(schedule, prediction, end, rng)
+    apart = mse(landed, target) if huber is None else pseudo_huber(landed, target, huber)
+    return Losses({"consistency": apart}, {}, prediction.x0, Landing(prediction.x_t.detach(), t, landed, target, end))

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal, final
 
 from torch import Tensor
 
-from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import check_grid, distance, first_of_segment, pair, scales, solver_times
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.consistency import Start, check_grid, compared, first_of_segment, scales, solver_times
 from fewstep.objectives.ranges import at_least, check_scales, share
 from fewstep.objectives.solvers import SOLVERS
 from fewstep.stream import Stream
@@ -67,23 +67,18 @@ class TCD(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """d(jump(x_t, t -> end), sg jump(x_s, s -> end)), the end uniform on the teacher's times in [edge, s]."""
-        x_t, t, s, end, told = self._start(nets, batch, rng)
-        landed, target, prediction = pair(nets, batch.cond, rng, x_t, t, s, end, **told, solver=SOLVERS[self.order])
-        landing = Landing(prediction.x_t.detach(), t, landed, target, end)
-        return Losses({"consistency": distance(landed, target, self.huber)}, {}, prediction.x0, landing)
+        return compared(nets, batch.cond, rng, self._start(nets, batch, rng), self.huber, SOLVERS[self.order])
 
     def sample(self, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
         """The student's x0 at the place where `student_loss` would begin."""
-        x_t, t, _, _, told = self._start(nets, batch, rng)
-        return nets.student(x_t, t, batch.cond, **told).x0
+        return self._start(nets, batch, rng).asked(nets.student, batch.cond).x0
 
-    def _start(self, nets: Nets, batch: Batch, rng: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
-        """(x_t, its time t, the teacher's next time s, the end of the jump, what the student's network is fed)."""
+    def _start(self, nets: Nets, batch: Batch, rng: Stream) -> Start:
         assert batch.latents is not None
         times = solver_times(nets.grid, self.solver_steps)
         i = 1 + rng.integers(self.solver_steps, len(batch.latents))
         edge = first_of_segment(self.solver_steps, self.segments)[i]
         end = times[edge + (rng.uniform(len(i)) * (i - edge)).long()]
-        told = {"g": scales(self.guidance, len(i), rng), "r": end if self.end_input else None}
+        g, r = scales(self.guidance, len(i), rng), end if self.end_input else None
         x_t = nets.student.schedule.add_noise(batch.latents, rng.normal_like(batch.latents), times[i])
-        return x_t, times[i], times[i - 1], end, told
+        return Start(x_t, times[i], times[i - 1], end, g, r)

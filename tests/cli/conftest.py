@@ -7,7 +7,6 @@ import pytest
 import transformers
 import yaml
 from terminal import Result, contents, is_refusal, settings
-from tiny import save, tiny_sd_pipeline
 
 from fewstep import api, cli
 from fewstep.config import parse
@@ -24,8 +23,8 @@ def quiet():
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return save(tiny_sd_pipeline(), tmp_path_factory.mktemp("teacher") / "sd")
+def teacher(folders):
+    return folders["sd"]
 
 
 @pytest.fixture(scope="module")

@@ -219,6 +219,3 @@ def test_a_protocol_that_is_not_known(refused, trained):
 )
 def test_a_slip_on_the_command_line(refused, arguments, said):
     refused(said, *arguments)
-
-
-# What goes well, and what is our fault

@@ -13,7 +13,6 @@ from PIL import Image
 from fewstep.data import read_images
 
 SIZE = (8, 8)
-TRAIN = "data/train-*.parquet"
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from jumping import jumper
+from jumping import MEAN, VAR, clean, exact, jumper, teachers
 from toys import (
     EPS_V_FLOW,
     NOTHING,
     SCHEDULES,
-    TEACHERS,
     Blind,
     Exact,
     Gaussian,
@@ -32,28 +31,18 @@ from fewstep.tangents import DERIVATIVES, jvp
 from fewstep.times import LogNormal
 from fewstep.weighting import Weighting
 
-MEAN, VAR = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
-teachers = pytest.mark.parametrize("name, target", TEACHERS)
 N = 128
-
-
-def exact(name, target):
-    return gaussian(MEAN.tolist(), VAR.tolist(), SCHEDULES[name], target)
 
 
 def student_of(name, target, mean=MEAN, var=VAR, gain=endpoint):
     return denoiser(Gaussian(mean.tolist(), var.tolist(), gain), SCHEDULES[name], target)
 
 
-def clean():
-    return MEAN + VAR.sqrt() * torch.randn(N, 2, dtype=torch.float64)
-
-
 def tangents(student, teacher, *, warm=1.0, derivative=jvp, cond=NOTHING):
     """(tangent, x_t, t) at noised samples, the noise end among them."""
     t = times(LogNormal(-0.3, 1.4), N, stream(0, 0, 0, 0), matched := Matched(student, TRIG))
     t[:4] = matched.highest
-    x_t = TRIG.add_noise(clean(), torch.randn(N, 2, dtype=torch.float64), t)
+    x_t = TRIG.add_noise(clean(N), torch.randn(N, 2, dtype=torch.float64), t)
     return tangent(game(student, teacher), Batch(cond, (N, 2)), x_t, t, warm, derivative)[0], x_t, t
 
 
@@ -126,7 +115,7 @@ def test_warm_up_lets_the_second_half_in_over_rounds():
 
 @teachers
 def test_the_student_is_pushed_along_the_normalised_tangent_and_nobody_else_is(name, target):
-    student, teacher, given = student_of(name, target, MEAN + 0.3), exact(name, target), clean()
+    student, teacher, given = student_of(name, target, MEAN + 0.3), exact(name, target), clean(N)
     objective, batch = SCM(floor=0.2, mean=0.0, std=0.5, weighting="none"), Batch(NOTHING, (N, 2), given)
     losses = objective.student_loss(game(student, teacher), batch, stream(3, 0, 0, 0), 0.5)
     rng, f = stream(3, 0, 0, 0), Matched(student, TRIG)
@@ -146,7 +135,7 @@ def test_the_student_is_pushed_along_the_normalised_tangent_and_nobody_else_is(n
 
 def test_a_share_of_samples_at_the_noise_end_is_judged_but_not_pushed():
     student, teacher = student_of("flow", "flow", MEAN + 0.3), exact("flow", "flow")
-    batch = Batch(NOTHING, (N, 2), clean())
+    batch = Batch(NOTHING, (N, 2), clean(N))
     losses = SCM(noise_share=0.5, weighting="none").student_loss(game(student, teacher), batch, stream(0, 0, 0, 0))
     resting = losses.terms["scm"] < 1e-12
     assert 0.35 < resting.double().mean() < 0.65
@@ -198,7 +187,7 @@ def test_one_network_that_is_fed_the_scale_is_at_rest_at_every_scale(name, targe
 
     objective = SCM(guidance=(1.0, 6.0), weighting="none")
     teacher = Guided(gaussian([0.0, 0.0], VAR.tolist(), SCHEDULES[name], target), 99.0, mean(null[None]))
-    batch = Batch(mean(MEAN.expand(N, 2)), (N, 2), clean())
+    batch = Batch(mean(MEAN.expand(N, 2)), (N, 2), clean(N))
 
     def loss(net):
         nets = game(Denoiser(net, SCHEDULES[name], target, call), teacher)
@@ -229,7 +218,7 @@ def test_a_row_that_is_not_finite_is_no_push_and_the_others_are_what_they_were(b
 
     torch.manual_seed(0)
     t = times(LogNormal(-0.3, 1.4), N, stream(0, 0, 0, 0), Matched(student, TRIG))
-    x_t, nets = TRIG.add_noise(clean(), torch.randn(N, 2, dtype=torch.float64), t), game(student, teacher)
+    x_t, nets = TRIG.add_noise(clean(N), torch.randn(N, 2, dtype=torch.float64), t), game(student, teacher)
     (whole, _), (g, stats) = (tangent(nets, Batch(NOTHING, (N, 2)), x_t, t, 1.0, d) for d in (jvp, poisoned))
     assert torch.equal(g[others], whole[others]) and (g[7] == 0).all()
     assert stats["masked"] == 1
@@ -240,5 +229,5 @@ def test_where_nothing_is_finite_nothing_is_hidden():
     """Such a turn is the trainer's to skip, and a run of them its to stop."""
     student, teacher = student_of("sd", "epsilon"), exact("sd", "epsilon")
     nets = replace(game(student, teacher), weighting=Weighting())
-    losses = SCM().student_loss(nets, Batch(NOTHING, (N, 2), clean() * float("nan")), stream(0, 0, 0, 0))
+    losses = SCM().student_loss(nets, Batch(NOTHING, (N, 2), clean(N) * float("nan")), stream(0, 0, 0, 0))
     assert losses.terms["scm"].isnan().all() and losses.stats["masked"] == 0

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, Gaussian, denoiser, endpoint, game, gaussian
+from jumping import MEAN, VAR, clean, exact
+from toys import NOTHING, SCHEDULES, Gaussian, denoiser, endpoint, game
 
 from fewstep.losses import unit
 from fewstep.objectives import Batch
@@ -15,15 +16,7 @@ from fewstep.tangents import jvp
 from fewstep.weighting import Weighting
 
 N = 128
-MEAN, VAR = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
-
-
-def clean():
-    return MEAN + VAR.sqrt() * torch.randn(N, 2, dtype=torch.float64)
-
-
-def exact():
-    return gaussian(MEAN.tolist(), VAR.tolist(), SCHEDULES["flow"], "flow")
+EXACT = exact("flow", "flow")
 
 
 def student_of(mean):
@@ -34,11 +27,11 @@ def weighed(student, teacher, w, **options):
     """The losses of one turn under log-weights w(t)."""
     torch.manual_seed(0)
     nets = replace(game(student, teacher), weighting=w)
-    return SCM(**options).student_loss(nets, Batch(NOTHING, (N, 2), clean()), stream(0, 0, 0, 0))
+    return SCM(**options).student_loss(nets, Batch(NOTHING, (N, 2), clean(N)), stream(0, 0, 0, 0))
 
 
 def test_each_samples_gradient_is_weighted_by_its_level():
-    student, teacher = student_of(MEAN + 0.3), exact()
+    student, teacher = student_of(MEAN + 0.3), EXACT
     asked = []
     plain = weighed(student, teacher, None, weighting="none").terms["scm"]
     losses = weighed(student, teacher, lambda t: asked.append(t) or 3 * t.float() - 1)
@@ -52,7 +45,7 @@ def test_each_samples_gradient_is_weighted_by_its_level():
 
 
 def test_a_log_weight_is_at_rest_at_minus_the_log_of_the_mean_square():
-    student, teacher = student_of(MEAN + 0.3), exact()
+    student, teacher = student_of(MEAN + 0.3), EXACT
     square = 2 * weighed(student, teacher, None, weighting="none").terms["scm"].detach()  # the loss is half of it
 
     def slope(value):
@@ -64,7 +57,7 @@ def test_a_log_weight_is_at_rest_at_minus_the_log_of_the_mean_square():
 
 
 def test_nothing_is_weighed_where_nothing_pushes():
-    student, teacher = student_of(MEAN + 0.3), exact()
+    student, teacher = student_of(MEAN + 0.3), EXACT
     w = torch.ones(N, requires_grad=True)
     losses = weighed(student, teacher, lambda t: w, noise_share=0.5)
     (slope,) = torch.autograd.grad(losses.total, w)
@@ -74,20 +67,20 @@ def test_nothing_is_weighed_where_nothing_pushes():
 
 
 def test_log_weights_are_learned_under_which_every_level_loses_alike():
-    student, teacher, w = student_of(MEAN + 0.3), exact(), Weighting()
+    student, teacher, w = student_of(MEAN + 0.3), EXACT, Weighting()
     student.net.requires_grad_(False)
     nets, optimizer = replace(game(student, teacher), weighting=w), torch.optim.Adam(w.parameters(), lr=3e-3)
     objective = SCM(mean=0.0, std=1.5, noise_share=0.3)
     assert (w(torch.rand(5)) == 0).all()
     for k in range(40):
-        objective.student_loss(nets, Batch(NOTHING, (N, 2), clean()), stream(0, 0, k, 0)).total.backward()
+        objective.student_loss(nets, Batch(NOTHING, (N, 2), clean(N)), stream(0, 0, k, 0)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     def levels(ratio):
         """(w(t), -log E[L | t])"""
         t = torch.full((N,), math.atan(ratio) / ANGLE, dtype=torch.float64)
-        x_t = TRIG.add_noise(clean(), torch.randn(N, 2, dtype=torch.float64), t)
+        x_t = TRIG.add_noise(clean(N), torch.randn(N, 2, dtype=torch.float64), t)
         g = unit(tangent(nets, Batch(NOTHING, (N, 2)), x_t, t, 1.0, jvp)[0], objective.floor)
         return float(w(t[:1]).detach()), -float(g.square().mean().log())
 

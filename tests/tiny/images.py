@@ -24,18 +24,16 @@ from transformers import (
     Qwen3Model,
 )
 
-from tiny.parts import LETTERS, seeded, tiny_gemma, tiny_t5, tiny_t5_tokenizer, tiny_vae
+from tiny.parts import LETTERS, seeded, tiny_gemma, tiny_qwen_tokenizer, tiny_t5, tiny_t5_tokenizer, tiny_vae
 
 
 def tiny_zimage_pipeline(seed: int = 0) -> ZImagePipeline:
     """Flow-matching transformer on 8x8x4 latents of 64x64 pixels, Qwen3 text encoder over bytes, no shift."""
-    vocab = {token: i for i, token in enumerate([*LETTERS, "<|endoftext|>", "<|im_end|>"])}
 
     def make() -> ZImagePipeline:
-        tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token="<|im_end|>", model_max_length=128)
-        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>"
+        tokenizer = tiny_qwen_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>", 128)
         text = Qwen3Config(
-            vocab_size=len(vocab),
+            vocab_size=len(tokenizer),
             hidden_size=16,
             intermediate_size=16,
             num_hidden_layers=2,

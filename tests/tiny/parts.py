@@ -111,9 +111,9 @@ def sd_scheduler(**config: Any) -> DDIMScheduler:
     )
 
 
-def tiny_qwen_tokenizer(template: str) -> Qwen2Tokenizer:
+def tiny_qwen_tokenizer(template: str, length: int = 512) -> Qwen2Tokenizer:
     vocab = {token: i for i, token in enumerate([*LETTERS, "<|endoftext|>", "<|im_end|>"])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token="<|im_end|>", model_max_length=512)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token="<|im_end|>", model_max_length=length)
     tokenizer.chat_template = template
     return tokenizer
 

@@ -3,26 +3,11 @@
 import pytest
 import torch
 from staged import begun
-from tiny import save, tiny_sd_pipeline
 
 from fewstep import api, checkpoint
 from fewstep.config import parse
 from fewstep.data import open_source, pairs
 from fewstep.sampling import ddim, sample
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return str(save(tiny_sd_pipeline(), tmp_path_factory.mktemp("teacher") / "sd"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet(tmp_path_factory):
-    """Encodings are kept for all tests, and no pictures are drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(api.Preview, "__call__", lambda *_: None)
-        yield
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from staged import begun, trained
-from tiny import save, tiny_sd_pipeline
 
 from fewstep import api, checkpoint, stages
 from fewstep.config import differences, parse
@@ -21,26 +20,12 @@ from fewstep.verify import verify
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return str(save(tiny_sd_pipeline(), tmp_path_factory.mktemp("teacher") / "sd"))
-
-
-@pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"number {i}")
     return str(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet(tmp_path_factory):
-    """Encodings are kept for all tests, and no pictures are drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(api.Preview, "__call__", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,3 @@ def test_set_reaches_every_stage_or_the_one_that_is_named(tmp_path):
 )
 def test_what_cannot_follow_is_refused_at_its_stage(own, parts, said):
     assert refusal(*own, **parts).startswith(said)
-
-
-# Whole runs on a tiny teacher
