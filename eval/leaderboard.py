@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import claims
 import yaml
 
 from fewstep.config import parse
@@ -27,13 +28,14 @@ COLUMNS = (
     "FD",
     "CLIP",
     "accuracy",
+    "recall",
     "coverage",
     "train s",
     "CPU s",
     "peak GB",
     "passes a round",
 )
-MEASURES = {"fd": ".1f", "clip": ".1f", "accuracy": ".3f", "coverage": ".3f"}
+MEASURES = {"fd": ".1f", "clip": ".1f", "accuracy": ".3f", "recall": ".3f", "coverage": ".3f"}
 COSTS = {"train_seconds": ".0f", "train_cpu_seconds": ".0f", "peak_gb": ".2f"}
 HEAD = """# Leaderboard
 
@@ -108,7 +110,7 @@ def _passes(cost: Mapping[str, Any]) -> str:
 
 
 def render(folder: Path) -> str:
-    """The page: one table a protocol and extractor, best FD first in each number of steps."""
+    """The page: one table a protocol and extractor, best FD first in each number of steps, and what they say of the aims."""
     tables: dict[tuple[str, str], list[tuple[int, list[str]]]] = {}
     for one in entries(folder):
         protocol = one["protocol"]
@@ -121,7 +123,7 @@ def render(folder: Path) -> str:
         page += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
         rows.sort(key=lambda row: (row[1][2], row[0], int(row[1][1].rstrip("*")), row[1][4] == "-", _number(row[1][4])))
         page += ["| " + " | ".join(cells) + " |" for _, cells in rows] + [""]
-    return "\n".join(page)
+    return "\n".join(page + claims.page(folder))
 
 
 def _number(cell: str) -> float:
@@ -133,7 +135,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--out", type=Path, default=HERE / "LEADERBOARD.md")
     args = parser.parse_args()
-    args.out.write_text(render(args.results), encoding="utf-8")
+    args.out.write_text("\n".join([render(args.results), *claims.notes(HERE.parent / "configs")]), encoding="utf-8")
     print(args.out)
 
 

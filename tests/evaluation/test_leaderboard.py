@@ -80,7 +80,10 @@ def test_a_star_marks_the_steps_that_a_student_was_trained_for(tmp_path):
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
     costs = {"train_seconds": [10.0, 14.0], "train_cpu_seconds": [5.0, 7.0], "peak_gb": [1.0, 2.0]}
     costs["passes"] = {"student": 6.0, "student_backward": 1.0}
-    rows = [student(10.0, 0, accuracy=0.5, coverage=0.25, clip=30.0), student(14.0, 1, accuracy=0.5, coverage=0.25, clip=30.0)]
+    rows = [
+        student(10.0, 0, accuracy=0.5, recall=0.5, coverage=0.25, clip=30.0),
+        student(14.0, 1, accuracy=0.5, recall=0.5, coverage=0.25, clip=30.0),
+    ]
     written(tmp_path, "a", rows, teacher="zoo:x", **costs)
     (row,) = lines(leaderboard.render(tmp_path))
     assert row == {
@@ -91,6 +94,7 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
         "FD": "12.0 ± 2.8",
         "CLIP": "30.0 ± 0.0",
         "accuracy": "0.500 ± 0.000",
+        "recall": "0.500 ± 0.000",
         "coverage": "0.250 ± 0.000",
         "train s": "12 ± 3",
         "CPU s": "6 ± 1",

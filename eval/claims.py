@@ -1,0 +1,141 @@
+"""What the leaderboard's tables say of what was aimed at: sentences computed from the results, whether it held or not."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import parse
+from fewstep.evaluation import results
+from fewstep.objectives.adversarial import Adversarial
+from fewstep.objectives.base import Objective
+from fewstep.objectives.dmd import DMD
+from fewstep.objectives.f_distill import FDistill
+from fewstep.objectives.phased_dmd import PhasedDMD
+
+
+@dataclass(frozen=True)
+class Student:
+    """One results file: a student, what it was trained with, and its mean measures by number of steps beside its teacher's."""
+
+    name: str
+    teacher: str
+    steps: int
+    objective: Objective
+    own: Mapping[int, Mapping[str, float]]
+    theirs: Mapping[int, Mapping[str, float]]
+
+    def times(self, reference: int) -> float:
+        """Its FD at its steps over its teacher's at `reference` steps."""
+        return self.own[self.steps]["fd"] / self.theirs[reference]["fd"]
+
+
+def students(folder: Path) -> list[Student]:
+    """Those whose results say how they were trained, judged at the number of steps they were trained for."""
+    found = []
+    for file in sorted(folder.glob("*.summary.json")):
+        cost = json.loads(file.read_text(encoding="utf-8"))
+        if "settings" not in cost:
+            continue
+        config, name = parse(cost["settings"]), file.name.removesuffix(".summary.json")
+        objective = (config.stages[-1] if config.stages else config).objective
+        rows = results.read(folder / f"{name}.json")["rows"]
+        own, theirs = (_means(r for r in rows if r["model"] == model) for model in ("student", "teacher"))
+        if objective.steps in own and {50, objective.steps} <= theirs.keys():
+            found.append(Student(name, cost["teacher"], objective.steps, objective, own, theirs))
+    return found
+
+
+def _means(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    known: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        known.setdefault(row["steps"], []).append(row)
+    return {
+        steps: {key: statistics.mean(r[key] for r in some) for key in ("fd", "recall", "coverage") if all(key in r for r in some)}
+        for steps, some in known.items()
+    }
+
+
+def halved(known: list[Student]) -> Iterable[str]:
+    """Half of the teacher's distance at the student's own number of steps."""
+    for steps in sorted({s.steps for s in known}):
+        mine = [s for s in known if s.steps == steps]
+        missed = sorted((s.times(steps), s.name) for s in mine if s.times(steps) > 0.5)
+        tail = "; not " + ", ".join(f"{name} ({ratio:.2f})" for ratio, name in missed) if missed else ""
+        held = f"{len(mine) - len(missed)} of {len(mine)}"
+        yield f"at most half of the teacher's FD in {_steps(steps)}: {held} trained for it{tail}"
+
+
+def near(known: list[Student]) -> Iterable[str]:
+    """How near the best comes to the teacher at 50 steps."""
+    for steps in sorted({s.steps for s in known}):
+        best = min((s for s in known if s.steps == steps), key=lambda s: s.times(50))
+        yield f"nearest to the teacher's 50 steps in {_steps(steps)}: {best.name}, {best.times(50):.2f} times its FD"
+
+
+def real(known: list[Student]) -> Iterable[str]:
+    """Whether real data take a student past its teacher."""
+    for s in known:
+        if isinstance(s.objective, Adversarial):
+            verdict = "below" if s.times(50) < 1 else "not below"
+            yield f"real data through heads, {s.name}: {verdict} the teacher's 50 steps ({s.times(50):.2f} times its FD)"
+
+
+def forward(known: list[Student]) -> Iterable[str]:
+    """Whether the forward KL keeps more modes than the reverse one."""
+    for s in known:
+        if isinstance(s.objective, FDistill) and s.objective.divergence == "kl":
+            for other in known:
+                if isinstance(other.objective, FDistill) and other.objective.divergence == "rkl" and _alike(s, other):
+                    yield f"{s.name} against {other.name}: {_kept(s, other)}"
+
+
+def phased(known: list[Student]) -> Iterable[str]:
+    """Whether experts by phase keep more modes than one network, at no worse a distance."""
+    for s in known:
+        if isinstance(s.objective, PhasedDMD):
+            for other in known:
+                if isinstance(other.objective, DMD) and _alike(s, other):
+                    fd = f"FD {s.own[s.steps]['fd']:.1f} against {other.own[s.steps]['fd']:.1f}"
+                    yield f"{s.name} against {other.name}: {fd}, {_kept(s, other)}"
+
+
+def _alike(a: Student, b: Student) -> bool:
+    return (a.teacher, a.steps) == (b.teacher, b.steps)
+
+
+def _kept(a: Student, b: Student) -> str:
+    pairs = {key: (a.own[a.steps][key], b.own[b.steps][key]) for key in ("recall", "coverage")}
+    return ", ".join(f"{key} {x:.3f} against {y:.3f} ({'more' if x > y else 'not more'})" for key, (x, y) in pairs.items())
+
+
+def _steps(n: int) -> str:
+    return f"{n} step" if n == 1 else f"{n} steps"
+
+
+CLAIMS: tuple[Callable[[list[Student]], Iterable[str]], ...] = (halved, near, real, forward, phased)
+
+
+def page(folder: Path) -> list[str]:
+    """The lines of the section, teacher by teacher."""
+    known = students(folder)
+    lines = []
+    for path in sorted({s.teacher.split()[0] for s in known}):
+        mine = [s for s in known if s.teacher.split()[0] == path]
+        lines += [f"### {path}\n", *(f"- {line}" for claim in CLAIMS for line in claim(mine)), ""]
+    return ["## What was aimed at\n", *lines] if lines else []
+
+
+NOTE, MARK = re.compile(r"^# Note:(.*\n(?:#  .*\n)*)", re.MULTILINE), re.compile(r"^#", re.MULTILINE)
+
+
+def notes(folder: Path) -> list[str]:
+    """What the heads of configs say of how their settings were found."""
+    found = {file.stem: NOTE.search(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.yaml"))}
+    lines = [f"- {name}: {' '.join(MARK.sub('', note[1]).split())}" for name, note in found.items() if note]
+    return ["## What was tried\n", *lines, ""] if lines else []
