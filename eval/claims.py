@@ -36,7 +36,7 @@ class Student:
 
 
 def students(folder: Path) -> list[Student]:
-    """Those whose results say how they were trained, judged at the number of steps they were trained for."""
+    """Those whose results say how they were trained, judged at the few steps they were trained for."""
     found = []
     for file in sorted(folder.glob("*.summary.json")):
         cost = json.loads(file.read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def students(folder: Path) -> list[Student]:
         objective = (config.stages[-1] if config.stages else config).objective
         rows = results.read(folder / f"{name}.json")["rows"]
         own, theirs = (_means(r for r in rows if r["model"] == model) for model in ("student", "teacher"))
-        if objective.steps in own and {50, objective.steps} <= theirs.keys():
+        if objective.steps in own and objective.steps < 50 and {50, objective.steps} <= theirs.keys():
             found.append(Student(name, cost["teacher"], objective.steps, objective, own, theirs))
     return found
 
