@@ -56,9 +56,10 @@ class WeightsConfig(_Strict):
 class StudentConfig(WeightsConfig):
     """phases: experts that share the deployed steps among them, in order of time; None: as many as the objective needs. network:
     settings of the teacher's network (the config.json of its folder) in which the student's differs, as in
-    {block_out_channels: [32, 48]}; such a student has full weights, and starts from random ones. conditioning_timestep: the
-    timestep at which its network is handed pure noise, where that is not the last of the teacher's table: at SDXL's 999 an error
-    of predicted noise is 15 times as large in x0, at 399, DMD2's choice, 1.2 times (arXiv 2405.14867)."""
+    {block_out_channels: [32, 48]}; such a student has full weights, which start as a part of its teacher's.
+    conditioning_timestep: the timestep at which its network is handed pure noise, where that is not the last of the teacher's
+    table: at SDXL's 999 an error of predicted noise is 15 times as large in x0, at 399, DMD2's choice, 1.2 times (arXiv
+    2405.14867)."""
 
     phases: int | None = Field(default=None, ge=1)
     network: dict[str, Any] = {}

@@ -33,15 +33,30 @@ def size(net):
 
 def test_a_body_depends_on_its_config_and_seed_alone():
     net = tiny_sd_pipeline().unet
-    before = torch.get_rng_state()
-    first, again, other = body(net, HALVED, 0), body(net, HALVED, 0), body(net, HALVED, 1)
+    before, wider = torch.get_rng_state(), {"block_out_channels": [2 * n for n in net.config["block_out_channels"]]}
+    first, again, other = body(net, wider, 0), body(net, wider, 0), body(net, wider, 1)
     assert torch.equal(before, torch.get_rng_state())
     weights = [dict(made.named_parameters()) for made in (first, again, other)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     assert any(not torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+    first = body(net, HALVED, 0)
     assert size(first) <= size(net) / 2 and not first.training and first.config["block_out_channels"] == [4, 8]
     whole = body(net, {}, 0)
     assert whole is not net and all(torch.equal(a, b) for a, b in zip(whole.parameters(), net.parameters(), strict=True))
+
+
+def test_a_body_starts_from_evenly_spaced_entries_of_its_teachers_weights_and_from_all_of_those_that_fit():
+    net = tiny_sd_pipeline().unet
+    small, whole = body(net, HALVED, 0).state_dict(), net.state_dict()
+    widths = net.config["block_out_channels"]
+    first = [round(k * (widths[0] - 1) / 3) for k in range(4)]
+    assert torch.equal(small["conv_in.weight"], whole["conv_in.weight"][first])
+    assert torch.equal(small["conv_out.weight"], whole["conv_out.weight"][:, first])
+    shallow = body(net, {"mid_block_type": None}, 0).state_dict()
+    assert shallow.keys() < whole.keys() and all(torch.equal(weight, whole[k]) for k, weight in shallow.items())
+    wide = body(net, {"block_out_channels": [2 * n for n in widths]}, 0).state_dict()
+    assert not torch.equal(wide["conv_in.weight"][: widths[0]], whole["conv_in.weight"])
+    assert torch.equal(wide["conv_out.bias"], whole["conv_out.bias"])
 
 
 def test_the_average_starts_as_the_student_and_the_critic_keeps_the_teachers_shape():
@@ -129,5 +144,13 @@ def test_a_smaller_transformer_is_exported_too(tmp_path):
     kind = Full(network={"dim": 8, "n_heads": 1, "n_kv_heads": 1})
     student = build(copy.deepcopy(teacher.net), {"student": kind}, lora_targets=())["student"]
     assert size(student.net) < size(teacher.net)
+    export(teacher, kind, student.weights(), sampler="ddim", steps=2, to=tmp_path / "out", record={})
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_network_without_one_of_its_blocks_is_exported_too(folder, tmp_path):
+    teacher, kind = load_teacher(str(folder)), Full(network={"mid_block_type": None})
+    student = build(copy.deepcopy(teacher.net), {"student": kind}, lora_targets=())["student"]
+    assert student.net.mid_block is None
     export(teacher, kind, student.weights(), sampler="ddim", steps=2, to=tmp_path / "out", record={})
     assert verify(tmp_path / "out").ok

@@ -23,11 +23,12 @@ from fewstep.times import UShaped
 @final
 @dataclass(frozen=True, kw_only=True)
 class AnnealedReflow(Objective):
-    """`reflow` for a student with random weights (student.network): a sample's noise is at first any, as when a flow is learned
+    """`reflow` for a student of another shape (student.network): a sample's noise is at first any, as when a flow is learned
     from scratch, and becomes its own, sqrt(1 - b^2) own + b fresh with b falling from 1 to 0 (Annealing Reflow).
 
     anneal: rounds in which b falls, in a straight line; then it is `reflow`. slope, huber: as there. Teacher pairs (data.pairs)
-    are needed. Deviation: times are U-shaped, as in `reflow`, not uniform.
+    are needed. Deviations: times are U-shaped, as in `reflow`, not uniform; the student starts from a part of its teacher's
+    weights (see `slim.body`), not from random ones.
     """
 
     steps: int = 2
