@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from headers import counted, note
 
 from fewstep.config import parse
 from fewstep.evaluation import results
@@ -42,8 +43,7 @@ def students(folder: Path) -> list[Student]:
         cost = json.loads(file.read_text(encoding="utf-8"))
         if "settings" not in cost:
             continue
-        config, name = parse(cost["settings"]), file.name.removesuffix(".summary.json")
-        objective = (config.stages[-1] if config.stages else config).objective
+        objective, name = parse(cost["settings"]).objective, file.name.removesuffix(".summary.json")
         rows = results.read(folder / f"{name}.json")["rows"]
         own, theirs = (_means(r for r in rows if r["model"] == model) for model in ("student", "teacher"))
         if objective.steps in own and objective.steps < 50 and {50, objective.steps} <= theirs.keys():
@@ -68,14 +68,14 @@ def halved(known: list[Student]) -> Iterable[str]:
         missed = sorted((s.times(steps), s.name) for s in mine if s.times(steps) > 0.5)
         tail = "; not " + ", ".join(f"{name} ({ratio:.2f})" for ratio, name in missed) if missed else ""
         held = f"{len(mine) - len(missed)} of {len(mine)}"
-        yield f"at most half of the teacher's FD in {_steps(steps)}: {held} trained for it{tail}"
+        yield f"at most half of the teacher's FD in {counted(steps)}: {held} trained for it{tail}"
 
 
 def near(known: list[Student]) -> Iterable[str]:
     """How near the best comes to the teacher at 50 steps."""
     for steps in sorted({s.steps for s in known}):
         best = min((s for s in known if s.steps == steps), key=lambda s: s.times(50))
-        yield f"nearest to the teacher's 50 steps in {_steps(steps)}: {best.name}, {best.times(50):.2f} times its FD"
+        yield f"nearest to the teacher's 50 steps in {counted(steps)}: {best.name}, {best.times(50):.2f} times its FD"
 
 
 def real(known: list[Student]) -> Iterable[str]:
@@ -88,34 +88,27 @@ def real(known: list[Student]) -> Iterable[str]:
 
 def forward(known: list[Student]) -> Iterable[str]:
     """Whether the forward KL keeps more modes than the reverse one."""
-    for s in known:
-        if isinstance(s.objective, FDistill) and s.objective.divergence == "kl":
-            for other in known:
-                if isinstance(other.objective, FDistill) and other.objective.divergence == "rkl" and _alike(s, other):
-                    yield f"{s.name} against {other.name}: {_kept(s, other)}"
+    kl, rkl = ([s for s in known if isinstance(s.objective, FDistill) and s.objective.divergence == f] for f in ("kl", "rkl"))
+    for a, b in _alike(kl, rkl):
+        yield f"{a.name} against {b.name}: {_kept(a, b)}"
 
 
 def phased(known: list[Student]) -> Iterable[str]:
     """Whether experts by phase keep more modes than one network, at no worse a distance."""
-    for s in known:
-        if isinstance(s.objective, PhasedDMD):
-            for other in known:
-                if isinstance(other.objective, DMD) and _alike(s, other):
-                    fd = f"FD {s.own[s.steps]['fd']:.1f} against {other.own[s.steps]['fd']:.1f}"
-                    yield f"{s.name} against {other.name}: {fd}, {_kept(s, other)}"
+    several, single = ([s for s in known if isinstance(s.objective, kind)] for kind in (PhasedDMD, DMD))
+    for a, b in _alike(several, single):
+        fd = f"FD {a.own[a.steps]['fd']:.1f} against {b.own[b.steps]['fd']:.1f}"
+        yield f"{a.name} against {b.name}: {fd}, {_kept(a, b)}"
 
 
-def _alike(a: Student, b: Student) -> bool:
-    return (a.teacher, a.steps) == (b.teacher, b.steps)
+def _alike(some: list[Student], others: list[Student]) -> list[tuple[Student, Student]]:
+    """Those of one teacher and number of steps."""
+    return [(a, b) for a in some for b in others if (a.teacher, a.steps) == (b.teacher, b.steps)]
 
 
 def _kept(a: Student, b: Student) -> str:
     pairs = {key: (a.own[a.steps][key], b.own[b.steps][key]) for key in ("recall", "coverage")}
     return ", ".join(f"{key} {x:.3f} against {y:.3f} ({'more' if x > y else 'not more'})" for key, (x, y) in pairs.items())
-
-
-def _steps(n: int) -> str:
-    return f"{n} step" if n == 1 else f"{n} steps"
 
 
 CLAIMS: tuple[Callable[[list[Student]], Iterable[str]], ...] = (halved, near, real, forward, phased)
@@ -131,11 +124,8 @@ def page(folder: Path) -> list[str]:
     return ["## What was aimed at\n", *lines] if lines else []
 
 
-NOTE, MARK = re.compile(r"^# Note:(.*\n(?:#  .*\n)*)", re.MULTILINE), re.compile(r"^#", re.MULTILINE)
-
-
 def notes(folder: Path) -> list[str]:
     """What the heads of configs say of how their settings were found."""
-    found = {file.stem: NOTE.search(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.yaml"))}
-    lines = [f"- {name}: {' '.join(MARK.sub('', note[1]).split())}" for name, note in found.items() if note]
+    found = {file.stem: note(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.yaml"))}
+    lines = [f"- {name}: {said}" for name, said in found.items() if said]
     return ["## What was tried\n", *lines, ""] if lines else []

@@ -16,6 +16,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"# Measured:.*\n(?:#  .*\n)*")
+NOTE, MARK = re.compile(BLOCK.pattern.replace("Measured", "Note")), re.compile(r"^#(?: Note:)?", re.MULTILINE)
 
 
 def said(name: str, folder: Path) -> str:
@@ -30,13 +31,13 @@ def said(name: str, folder: Path) -> str:
     lines = [f"# Measured: python eval/distill.py configs/{name}.yaml {seeded}   ({what}; {result['protocol']['n']:,} samples)"]
     for steps in sorted({r["steps"] for r in rows if r["model"] == "student"}):
         beside = _judged(rows, "teacher", steps)
-        lines.append(f"#           {_counted(steps)}: {_judged(rows, 'student', steps)}{beside and f' (teacher: {beside})'}")
+        lines.append(f"#           {counted(steps)}: {_judged(rows, 'student', steps)}{beside and f' (teacher: {beside})'}")
     if best := _judged(rows, "teacher", 50):
         lines.append(f"#           The teacher in 50 steps: {best}")
     return "\n".join(lines) + "\n"
 
 
-def _counted(steps: int) -> str:
+def counted(steps: int) -> str:
     return f"{steps} step" if steps == 1 else f"{steps} steps"
 
 
@@ -49,6 +50,12 @@ def _judged(rows: list[dict[str, Any]], model: str, steps: int) -> str:
     spread = f" +- {statistics.stdev(fd):.1f}" if len(fd) > 1 else ""
     rest = (f"{key} {statistics.mean(r[key] for r in mine):.3f}" for key in ("accuracy", "coverage") if key in mine[0])
     return ", ".join([f"FD {statistics.mean(fd):.1f}{spread}", *rest])
+
+
+def note(text: str) -> str:
+    """What a config's head says under "# Note:", in one line; empty without one."""
+    found = NOTE.search(text)
+    return " ".join(MARK.sub("", found[0]).split()) if found else ""
 
 
 def head(text: str, block: str) -> str:

@@ -89,8 +89,7 @@ def _home(cost: Mapping[str, Any]) -> int | None:
     """The number of steps that a student was trained for, in the last of its stages."""
     if "settings" not in cost:
         return None
-    config = parse(cost["settings"])
-    return (config.stages[-1] if config.stages else config).objective.steps
+    return parse(cost["settings"]).objective.steps
 
 
 def _mean(values: Iterable[float | None] | None, form: str) -> str:
