@@ -26,7 +26,7 @@ def said(name: str, folder: Path) -> str:
     rows = result["rows"]
     seeds = sorted({r["seed"] for r in rows if r["model"] == "student"})
     spent = [s for s in cost.get("train_cpu_seconds") or cost.get("train_seconds") or [] if s is not None]
-    what = "one CPU core (EPYC)" + (f", {statistics.mean(spent):.0f} s of it" if spent else "")
+    what = f"one core of {result['environment']['cpu']}" + (f", {statistics.mean(spent):.0f} s of it" if spent else "")
     seeded = f"--seeds {' '.join(map(str, seeds))}"
     lines = [f"# Measured: python eval/distill.py configs/{name}.yaml {seeded}   ({what}; {result['protocol']['n']:,} samples)"]
     for steps in sorted({r["steps"] for r in rows if r["model"] == "student"}):
