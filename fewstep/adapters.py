@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,7 +20,7 @@ from fewstep.denoiser import Cond, Denoiser, Guided, cat
 from fewstep.deploy import falling, seen_times
 from fewstep.experts import Relay
 from fewstep.families import Family, Setting, bare, family_of, make_scheduler, net_config, setting_of
-from fewstep.folders import pipeline_name, teacher_folder
+from fewstep.folders import exported_guidance, pipeline_name, teacher_folder
 from fewstep.schedules import NoiseSchedule
 from fewstep.shapes import sizes_of
 
@@ -71,12 +72,14 @@ class Teacher:
 
     @property
     def guidance(self) -> float:
-        """The scale this teacher is meant for: its card's in the zoo, else its family's default; 1 where it is embedded."""
+        """The scale this teacher is meant for: its card's in the zoo, an export's own, else its family's default; 1 where
+        it is embedded."""
         if self.family.embedded:
             return 1.0
         from fewstep.zoo import guidance
 
-        own = guidance(self.path.removeprefix("zoo:")) if self.path.startswith("zoo:") else None
+        zoo = self.path.startswith("zoo:")
+        own = guidance(self.path.removeprefix("zoo:")) if zoo else exported_guidance(Path(self.path))
         return self.family.default_guidance if own is None else own
 
     def keep(self, *names: str) -> None:

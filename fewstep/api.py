@@ -22,6 +22,7 @@ from fewstep.experts import PhasedExperts, along
 from fewstep.heads import Discriminator
 from fewstep.networks import Role, attend, build, gather, heads_role, set_weights
 from fewstep.objectives import Nets
+from fewstep.objectives.ranges import check_fed
 from fewstep.objectives.samplers import deployed_sampler
 from fewstep.painting import generate
 from fewstep.pixels import looking, pixels_role
@@ -49,8 +50,7 @@ class Study:
 
     @property
     def guidance(self) -> float:
-        wanted = self.config.teacher.guidance
-        return self.teacher.guidance if wanted is None or self.teacher.family.embedded else wanted
+        return _guidance(self.teacher, self.config)
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +148,7 @@ def study_of(config: Config, teacher: Teacher) -> Study:
     """The roles of a config on its teacher's network."""
     objective, family = config.objective, teacher.family
     sampler, grid = _drawn(teacher, config)
+    check_fed(objective.needs.scales, _guidance(teacher, config), embedded=family.embedded)
     built = build(
         teacher.net,
         config.kinds(),
@@ -174,6 +175,10 @@ def _drawn(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]:
     """(sampler, grid) of the student. Raises ValueError where no stock pipeline would step so."""
     sampler = deployed_sampler(name_of(config.objective), config.objective, teacher.family.samplers)
     return sampler, _deployed(teacher, config).deployed_grid(config.objective.steps, sampler)
+
+
+def _guidance(teacher: Teacher, config: Config) -> float:
+    return teacher.guidance if config.teacher.guidance is None or teacher.family.embedded else config.teacher.guidance
 
 
 def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
@@ -274,6 +279,7 @@ class Run:
             steps=self.config.objective.steps,
             phases=self.config.phases,
             counts=self.study.steps(),
+            scales=self.config.objective.needs.scales,
             to=Path(to),
             form=form,
             layout=layout,

@@ -114,7 +114,15 @@ def snippet(facts: dict[str, Any], name: str) -> str:
 def _hints(facts: dict[str, Any]) -> str:
     lines = ["The scheduler saved here gives the times the student was trained at; another one gives other times."]
     scale = next((f"{k}={v!r}" for k, v in facts["call"].items() if k.endswith(("guidance_scale", "cfg_scale"))), "")
-    if facts["embedded"]:
+    if told := facts.get("scales"):
+        trained = "" if told["range"] is None else ", trained at scales from {:g} to {:g}".format(*told["range"])
+        if told["folded"]:
+            lines.append(
+                f"Guidance of {told['at']:g} is in these weights{trained}; `{scale}` adds none. Export again for another scale."
+            )
+        else:
+            lines.append(f"`{scale}` is an input of the network{trained}: others in that range draw, too. Proved at this one.")
+    elif facts["embedded"]:
         lines.append(f"`{scale}` is an input of the network: the student was trained with this very value.")
     elif scale:
         lines.append(f"`{scale}` is no guidance: the student was trained to need none.")

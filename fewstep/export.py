@@ -48,6 +48,7 @@ def export(
     guidance: float = 1.0,
     phases: int = 1,
     counts: Sequence[int] = COUNTS,
+    scales: tuple[float, float] | None = None,
 ) -> Path:
     """Writes the student `weights` (named as Role.weights() does) to the folder `to`, whole or not at all, and returns it.
 
@@ -55,8 +56,9 @@ def export(
     PEFT folder), "comfyui" or "kohya"; None for Diffusers', or PEFT's where the class has no LoRA loader. record: how it was
     made, JSON-able; the card names the objective of record["config"] and shows the table record["results"]["rows"] where they
     are there. guidance: the scale that a student which takes one draws at: stock code feeds it where the network's class can take
-    it, else it is folded into the weights. counts: step counts to document and prove besides `steps`. A student that is told the
-    end of its jump is exported with the pipeline that tells it; one of a single step without, for that step alone.
+    it, else it is folded into the weights. scales: the range that it was trained at. counts: step counts to document and prove
+    besides `steps`. A student that is told the end of its jump is exported with the pipeline that tells it; one of a single step
+    without, for that step alone.
     Raises ValueError if `to` holds something else, the family, form, layout and sampler do not go together, or the network's
     time embedding cannot hold what it was told."""
     to = Path(to).absolute()
@@ -89,6 +91,8 @@ def export(
             for net, folder in zip(nets[1:], list(files.values())[1:], strict=True):
                 net.save_pretrained(part / folder, safe_serialization=True)
         facts = _facts(teacher, scheduler, scale, form=form, sampler=sampler, steps=steps, times=times, record=record)
+        if embedders.GUIDANCE in takes:
+            facts["scales"] = {"at": guidance, "range": scales, "folded": scale is None}
         if names is not None:
             facts["lora"] = lorafiles.facts(adapters, names, list(files.values()), teacher.components)
         if phases > 1:

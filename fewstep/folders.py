@@ -33,6 +33,14 @@ def teacher_folder(path: str) -> Path | None:
     return place
 
 
+def exported_guidance(folder: Path) -> float | None:
+    """The scale that the student exported to a folder is fed, 1 for one that needs no guidance; None where no student lies."""
+    if not (folder / "fewstep.json").is_file():
+        return None
+    scales = json.loads((folder / "fewstep.json").read_text("utf-8")).get("scales")
+    return scales["at"] if scales and not scales["folded"] else 1.0
+
+
 def pipeline_name(folder: Path) -> str:
     """The pipeline class of a Diffusers folder. Raises ValueError if its index does not say."""
     try:

@@ -98,8 +98,11 @@ def test_a_teacher_that_takes_the_scale_is_one_pass(teachers, tmp_path):
     weights = {k: p.detach() + 0.02 * torch.randn_like(p) for k, p in role.weights().items()}
     for key, p in role.weights().items():
         p.data.copy_(weights[key])
-    export(teacher, kind, weights, sampler="ddim", steps=4, to=tmp_path / "guided", record={}, guidance=2.5)
-    again = load_teacher(str(tmp_path / "guided"))
+    into = tmp_path / "guided"
+    export(teacher, kind, weights, sampler="ddim", steps=4, to=into, record={}, guidance=2.5, scales=(1.0, 6.0))
+    assert "is an input of the network, trained at scales from 1 to 6: others in that range" in (into / "README.md").read_text()
+    again = load_teacher(str(into))
+    assert again.guidance == 2.5  # its own, and not its family's 7.5
     assert embedders.inputs(again.net) == (embedders.GUIDANCE,)
     guided = again.guided(again.net, 2.5, again.null())
     assert not isinstance(guided, Guided) and isinstance(teacher.guided(teacher.net, 2.5, teacher.null()), Guided)
@@ -108,6 +111,19 @@ def test_a_teacher_that_takes_the_scale_is_one_pass(teachers, tmp_path):
     # and a student of it starts as it is, with no second embedding
     student = build(copy.deepcopy(again.net), {"student": kind}, lora_targets=())["student"]
     torch.testing.assert_close(again.denoiser(student, 2.5)(*ask).eps, guided(*ask).eps)
+
+
+def test_a_scale_that_is_in_the_weights_is_named_and_is_not_guided_again(teachers, tmp_path):
+    teacher, kind = teachers["zimage"], Full((embedders.GUIDANCE,))
+    role = build(copy.deepcopy(teacher.net), {"student": kind}, lora_targets=())["student"]
+    weights = {k: p.detach() for k, p in role.weights().items()}
+    into = tmp_path / "folded"
+    export(teacher, kind, weights, sampler="ddim", steps=4, to=into, record={}, guidance=2.5, scales=(1.0, 6.0))
+    assert (
+        "Guidance of 2.5 is in these weights, trained at scales from 1 to 6; `guidance_scale=0.0` adds none."
+        in (into / "README.md").read_text()
+    )
+    assert load_teacher(str(into)).guidance == 1.0
 
 
 @pytest.mark.parametrize("name, inputs", [("sd", (embedders.END,)), ("sd", BOTH), ("zimage", BOTH), ("ddpm", (embedders.END,))])

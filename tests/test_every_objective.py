@@ -17,9 +17,12 @@ CHECKPOINTED = "zimage"
 OPTIONS: dict[str, dict[str, Any]] = {
     "annealed_reflow": {"anneal": 1},
     "consistency": {"solver_steps": 16},  # where one step is a segment, a teacher without guidance is at rest
+    "ect": {"stage_rounds": 1},
     "guidance": {"steps": 4},
+    "ict": {"rounds": 2},
     "phased_dmd": {"phase_rounds": 1},
     "rcm": {"rollout_steps": 2},
+    "scm": {"warmup": 2},
     "tcd": {"solver_steps": 16},
 }
 # Other methods under the same names.

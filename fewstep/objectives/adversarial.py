@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Literal, final
 
@@ -31,7 +32,8 @@ class Adversarial(Wrapper):
     taps: other blocks for them. loss: a key of CONTESTS. weight: of the student's term; judge_weight: of the heads' beside the
     critic's own. low, high, shift: times to which samples are noised before they are judged. paired: real and fake share time
     and noise. shared: heads on the critic read the very pass in which it denoises or scores, at its times, where DMD2 noises
-    afresh; those on the teacher take a pass of their own, since its score is guided, two halves of which one would have a graph.
+    afresh (`paired` parts them again); those on the teacher take a pass of their own, since its score is guided, two halves of
+    which one would have a graph.
     r1, r2: weights of the gradient penalties of real and fake; jitter: the approximate ones' step, 0 for the exact.
     The heads learn in the critic's turns, from the samples it has; where the inner objective has none, in a turn before the
     student's, from samples of the student's turn. An inner objective's own heads stay; if it trains them, only the term is added.
@@ -64,6 +66,33 @@ class Adversarial(Wrapper):
         if ("heads" in own.roles and told not in (Heads(), own.heads)) or (trained and (self.r1 or self.r2)):
             ours = "heads, taps, features" + (", r1, r2" if trained else "")
             raise ValueError(f"inner: it says itself which heads it needs; leave these settings of adversarial away: {ours}")
+        if "heads" in own.roles and self.loss != "non_saturating":
+            raise ValueError(
+                f"loss: inner reads its heads' logit as a log ratio, which {self.loss} does not make it; leave it away"
+            )
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, why in self._idle(trained):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} would change nothing: {why}; leave it away")
+
+    def _idle(self, trained: bool) -> Iterator[tuple[str, str]]:
+        """Settings that nothing reads as the others are, and why."""
+        backbone, times = KINDS[self.heads].backbone, ("low", "high", "shift")
+        if trained:
+            yield "judge_weight", "inner trains its heads itself, by its own judge_weight"
+        if backbone != "pixels":
+            yield (
+                "features",
+                f"{self.heads} heads see what a denoiser makes of latents, and only those of kind pixel have a network",
+            )
+        if backbone == "pixels":
+            yield from ((name, "pixels are judged without noise") for name in (*times, "paired"))
+        if backbone != "critic":
+            yield "shared", f"{self.heads} heads take passes of their own"
+        elif self.shared and not self.paired and "critic" in self.inner.needs.roles:
+            yield from (
+                (name, "the critic's times are the heads' where they share its pass (shared: false parts them)") for name in times
+            )
 
     @property
     def needs(self) -> Needs:

@@ -116,8 +116,9 @@ class Needs:
     """What an objective cannot do without: trained roles besides the student; clean data; the noise behind it, which only the
     teacher's own samples have (`pairs`: of whoever teaches; with `originals` of the first teacher all the same); which heads,
     where "heads" is among the roles; and what the student's network takes besides (`embedders`: "guidance_scale", "end_time").
-    phases: how many experts the student must be, if not one network; restarts: the roles that some turn starts afresh; rounds:
-    below how many of them the method would end unfinished; average: decay of a moving average of the student to ask for targets;
+    scales: from which to which the former is; phases: how many experts the student must be, if not one network; restarts: the
+    roles that some turn starts afresh; rounds: below how many of them the method would end unfinished; average: decay of a moving
+    average of the student to ask for targets;
     partly: some turn asks a part of its player alone."""
 
     roles: tuple[str, ...] = ()
@@ -126,6 +127,7 @@ class Needs:
     originals: bool = False
     heads: Heads = field(default_factory=Heads)
     inputs: tuple[str, ...] = ()
+    scales: tuple[float, float] | None = None
     phases: int = 1
     restarts: tuple[str, ...] = ()
     rounds: int = 1

@@ -52,7 +52,8 @@ class Consistency(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(images=True, inputs=("guidance_scale",) if self.guidance else (), average=self.average)
+        told = ("guidance_scale",) if self.guidance else ()
+        return Needs(images=True, inputs=told, scales=self.guidance, average=self.average)
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.denoiser import Guided
 from fewstep.losses import moments_kl, normalised, push
 from fewstep.objectives.base import Batch, Losses, Nets, register, simulate_step
+from fewstep.objectives.ranges import at_least, positive
 from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -42,16 +43,18 @@ class Decoupled(TwoTimeScale):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.std <= 0:
-            raise ValueError(f"std is the spread of clean latents, a positive number, not {self.std}")
+        positive(floor=self.floor, std=self.std)
+        at_least(0, matching=self.matching, moments=self.moments)
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """(f_fake - f_c) / N at t_DM, minus (w - 1) (f_c - f_u) / N at t_CA <= the student's time, each at noise of its own."""
         start, prediction = simulate_step(nets, batch, rng)
+        if start == nets.grid[0]:  # pure noise stands there, whatever time the network is told (conditioning_timestep)
+            start = 1.0
         x, schedule = prediction.x0, nets.student.schedule
+        t = Uniform(self.low, self.high).sample(len(x), rng)
+        x_t = schedule.add_noise(x, rng.normal_like(x), t)  # with the student's graph, so that heads may judge it, too
         with torch.no_grad():
-            t = Uniform(self.low, self.high).sample(len(x), rng)
-            x_t = schedule.add_noise(x, rng.normal_like(x), t)
             direction = self.matching * matching(nets, batch, x, x_t, t, self.floor)
             stats = {"direction": size(direction)}
             if isinstance(nets.teacher, Guided) and nets.teacher.scale != 1:

@@ -7,6 +7,7 @@ from typing import final
 
 from fewstep.losses import normalised, push
 from fewstep.objectives.base import Batch, Losses, Nets, register
+from fewstep.objectives.ranges import positive
 from fewstep.objectives.two_time_scale import TwoTimeScale, scored, size
 from fewstep.stream import Stream
 
@@ -27,6 +28,10 @@ class DMD(TwoTimeScale):
     steps: int = 4
     sampler: str | None = None
     floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(floor=self.floor)
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """E[grad] = (sigma / alpha)^2 grad KL(student_t || teacher_t) (DMD, eq. 7), normalised a sample (eq. 8)."""

@@ -8,6 +8,7 @@ from typing import final
 
 from fewstep.losses import mse, normalised, push
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, full, register
+from fewstep.objectives.ranges import at_least, positive
 from fewstep.objectives.two_time_scale import TwoTimeScale, scored, size
 from fewstep.stream import Stream
 
@@ -31,6 +32,11 @@ class DMD1(TwoTimeScale):
     critic_turns: int = 1
     regression: float = 0.25
     floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(floor=self.floor)
+        at_least(0, regression=self.regression)
 
     @property
     def needs(self) -> Needs:

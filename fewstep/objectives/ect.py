@@ -29,7 +29,7 @@ class ECT(Objective):
     """x0 predicted at level n must be x0 predicted at a lower level m of the same noise, with m growing towards n: Easy
     Consistency Tuning, Geng et al. 2024, arXiv 2406.14548. At first m = 0 up to n = 1.9, which is to learn as a diffusion model.
 
-    mean, std: of ln n (the paper's -1.1, 2). q, stage_rounds: after j stages of that many rounds
+    mean, std: of ln n (the paper's -1.1, 2). q, stage_rounds: after j stages of that many rounds, eight in the authors' runs,
     m / n = 1 - q^-(j + 1) (1 + 8 sigmoid(-n)), neither below 0 nor above `closest`. huber: c of the distance of whole samples.
     top: share of samples that lie at the noisiest deployed time, where the student starts; highest: the level that stands for
     infinite noise in n. Images (latents) are needed; the teacher only lends its weights.
@@ -41,7 +41,7 @@ class ECT(Objective):
     mean: float = -1.1
     std: float = 2.0
     q: float = 2.0
-    stage_rounds: int = 1000
+    stage_rounds: int = 75
     closest: float = 0.999
     huber: float = 0.0
     top: float = 0.1
@@ -58,7 +58,7 @@ class ECT(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(images=True)
+        return Needs(images=True, rounds=self.stage_rounds + 1)
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from fewstep.heads import Heads
 from fewstep.losses import CONTESTS, flat_mean, non_saturating, normalised, push
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, register
 from fewstep.objectives.contest import contest, noised
-from fewstep.objectives.two_time_scale import TwoTimeScale, size
+from fewstep.objectives.ranges import at_least, positive
+from fewstep.objectives.two_time_scale import TwoTimeScale, scored, size
 from fewstep.schedules import like
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -50,6 +51,8 @@ class FDistill(TwoTimeScale):
     def __post_init__(self) -> None:
         divergence(self.divergence)
         super().__post_init__()
+        positive(floor=self.floor)
+        at_least(0, weight=self.weight, judge_weight=self.judge_weight)
         if self.bins < 1:
             raise ValueError(f"bins is a number of ranges of time, at least 1, not {self.bins}")
 
@@ -65,13 +68,18 @@ class FDistill(TwoTimeScale):
         """h x `dmd`'s direction (theorem 1), and weight x softplus(-D) at the same x_t."""
         assert nets.judge is not None
         x, x_t, t = self.noised(nets, batch, rng)
-        critic, logits = nets.judge.both(x_t, t, batch.cond, graph=False)
+        if self.needs.heads.backbone == "critic":  # one pass gives the score and the features
+            prediction, logits = nets.judge.both(x_t, t, batch.cond, graph=False)
+            with torch.no_grad():
+                real, fake = nets.teacher(x_t, t, batch.cond).x0, prediction.x0
+        else:
+            (real, fake), logits = scored(nets, batch, x_t, t), nets.judge.logits(x_t, t, batch.cond)
         with torch.no_grad():
-            real = nets.teacher(x_t, t, batch.cond).x0
             h = self.weights(logits, t, nets.everywhere)
-            direction = like(h, x) * normalised(critic.x0 - real, x, real, self.floor)
+            direction = like(h, x) * normalised(fake - real, x, real, self.floor)
+            ratio = flat_mean(logits).exp().mean()  # 1 in the mean at the heads' optimum
         terms = {"dm": push(x, direction), "adversary": self.weight * flat_mean(non_saturating(logits))}
-        return Losses(terms, {"direction": size(direction), "largest_weight": h.max()}, x)
+        return Losses(terms, {"direction": size(direction), "largest_weight": h.max(), "ratio": ratio}, x)
 
     def weights(self, logits: Tensor, t: Tensor, everywhere: Callable[[Tensor], Tensor]) -> Tensor:
         """h(r) (B,), averaging 1 over all processes' batches, of r = exp(mean logit) that averages 1 in each bin of t (algorithm

@@ -37,7 +37,7 @@ class GuidanceDistillation(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(images=True, inputs=("guidance_scale",))
+        return Needs(images=True, inputs=("guidance_scale",), scales=self.guidance)
 
     @property
     def samplers(self) -> tuple[str, ...]:

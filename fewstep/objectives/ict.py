@@ -34,7 +34,7 @@ class ICT(Objective):
     sampler: str | None = None
     first: int = 10
     last: int = 1280
-    rounds: int = 4000
+    rounds: int = 300
     mean: float = -1.1
     std: float = 2.0
     low: float = 0.002
@@ -55,7 +55,7 @@ class ICT(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(images=True)
+        return Needs(images=True, rounds=self.rounds)
 
     def intervals(self, step: int) -> int:
         """N(k) = min(first 2^floor(k / K'), last), K' = rounds / (log2(last / first) + 1)."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fewstep.losses import mse, normalised, push
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register, simulate
-from fewstep.objectives.ranges import at_least
-from fewstep.objectives.two_time_scale import size
+from fewstep.objectives.ranges import at_least, positive
+from fewstep.objectives.two_time_scale import scored, size
 from fewstep.schedules import like
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -33,6 +33,7 @@ class PhasedDMD(Objective):
     min(1, most std^2 / sigma_t^2), std that of the law from s to t: its target's variance is sigma_t^2 / std^2.
     Earlier experts only draw: without a graph none of their weights moves, and their average tends to those very weights. The
     critic starts anew in every phase. With one phase this is `dmd` to the bit.
+    The learning rate of a schedule falls over all rounds, not in each phase; constant is what suits several.
     Deviations from the paper: the direction is normalised a sample as in DMD (arXiv 2311.18828, eq. 8), in the place of the
     weight alpha_t scale / (alpha_t sigma_t + sigma_t^2); the clamped weight of the critic is relative to sigma_t^2.
     """
@@ -52,6 +53,7 @@ class PhasedDMD(Objective):
         Uniform(self.low, self.high)
         Uniform(self.critic_low, 1.0)
         at_least(1, critic_turns=self.critic_turns)
+        positive(floor=self.floor, most=self.most)
         if self.phases < 1 or self.phase_rounds < 1 or self.steps % self.phases:
             raise ValueError(f"{self.steps} steps cannot be shared out over {self.phases} phases; choose a multiple")
 
@@ -73,10 +75,9 @@ class PhasedDMD(Objective):
         x_s, x0, s = self._arrive(phase, nets, batch, rng)
         level = float(s[0])
         t = Uniform(level + (1 - level) * self.low, level + (1 - level) * self.high).sample(len(x0), rng)
-        with torch.no_grad():
-            x_t = nets.student.schedule.forward_kernel(x_s.detach(), rng.normal_like(x_s), s, t)
-            real, fake = nets.teacher(x_t, t, batch.cond), nets.critic(x_t, t, batch.cond)
-            direction = normalised(fake.x0 - real.x0, x0, real.x0, self.floor)
+        x_t = nets.student.schedule.forward_kernel(x_s, rng.normal_like(x_s), s, t)
+        real, fake = scored(nets, batch, x_t, t)
+        direction = normalised(fake - real, x0, real, self.floor)
         return Losses({"dm": push(x_s, direction)}, {"direction": size(direction)}, x0)
 
     def critic_loss(self, phase: int, nets: Nets, batch: Batch, rng: Stream) -> Losses:

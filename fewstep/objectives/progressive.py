@@ -43,7 +43,7 @@ class Progressive(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(images=True, inputs=("guidance_scale",) if self.guidance else ())
+        return Needs(images=True, inputs=("guidance_scale",) if self.guidance else (), scales=self.guidance)
 
     @property
     def samplers(self) -> tuple[str, ...]:

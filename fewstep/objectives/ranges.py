@@ -28,3 +28,17 @@ def check_scales(guidance: tuple[float, float] | None) -> None:
     """Raises ValueError for a range of guidance scales that is none."""
     if guidance is not None and not 0 <= guidance[0] <= guidance[1]:
         raise ValueError(f"guidance is a range of scales, [lowest, highest], not {list(guidance)}; 1 is no guidance")
+
+
+def check_fed(scales: tuple[float, float] | None, at: float, *, embedded: bool) -> None:
+    """Raises ValueError for a student that is trained at a range of scales and would draw `at` one outside it, or whose teacher
+    is fed a scale of its own (embedded)."""
+    if scales is None:
+        return
+    if embedded:
+        raise ValueError("objective.guidance: this teacher is fed its scale already, and would be guided twice; leave it away")
+    if not scales[0] <= at <= scales[1]:
+        raise ValueError(
+            f"teacher.guidance: the student would draw at this scale, {at:g}, but objective.guidance has it trained at "
+            f"{scales[0]:g} to {scales[1]:g} only; change one of them"
+        )

@@ -58,7 +58,7 @@ class RCM(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(roles=("critic",), images=True)
+        return Needs(roles=("critic",), images=True, rounds=self.warmup + 1)
 
     @property
     def samplers(self) -> tuple[str, ...]:

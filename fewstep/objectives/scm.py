@@ -34,7 +34,7 @@ class SCM(Objective):
     latents are taken to have). warmup: rounds over which the tangent's second half is let in (paper: 10,000 of 400,000).
     floor: c of the tangent normalisation. weighting: adaptive has a role of that name learn the log-weights w(t) under which the
     loss has one size at every level; none is w = 0, which it is near after normalisation (rCM, arXiv 2510.08431). noise_share:
-    share of samples put at the noise end, where this loss has no gradient: for an adversarial wrapper (SANA-Sprint's max-time
+    share of samples put at the noise end, where this loss does not ask: for an adversarial wrapper (SANA-Sprint's max-time
     weighting, arXiv 2503.09641). guidance: range of the scales that SANA-Sprint draws, guides the teacher at and feeds to the
     student's network, which needs full weights (None: the teacher's one scale, nothing fed). derivative: jvp, or difference for
     kernels without forward differentiation. Images (latents) are needed.
@@ -66,7 +66,7 @@ class SCM(Objective):
     @property
     def needs(self) -> Needs:
         told = ("guidance_scale",) if self.guidance else ()
-        return Needs(roles=self._others, images=True, inputs=told)
+        return Needs(roles=self._others, images=True, inputs=told, scales=self.guidance, rounds=max(1, self.warmup))
 
     @property
     def _others(self) -> tuple[str, ...]:
@@ -85,11 +85,13 @@ class SCM(Objective):
         x_t, t, scale, resting = self._start(nets, batch, rng)
         g, stats = tangent(nets, batch, x_t, t, warm, DERIVATIVES[self.derivative], scale)
         prediction = Matched(nets.student, TRIG)(x_t, t, batch.cond, g=scale)
-        loss = push(prediction.v, -unit(g, self.floor))
+        # At the noise end cos is 0 on a flow alone: a table of a VP teacher ends above it, and would push there.
+        resting = resting.to(g.device)
+        loss = torch.where(resting, 0.0, push(prediction.v, -unit(g, self.floor)))
         if self.weighting == "none":
             return Losses({"scm": loss}, stats, prediction.x0)
         assert nets.weighting is not None
-        pushed = g.flatten(1).any(1) & ~resting.to(g.device)
+        pushed = g.flatten(1).any(1) & ~resting
         w = torch.where(pushed, nets.weighting(t), 0.0)
         return Losses({"scm": w.exp() * loss, "weighting": -w / 2}, stats | {"weight": w.exp().mean()}, prediction.x0)
 

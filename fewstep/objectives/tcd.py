@@ -55,7 +55,7 @@ class TCD(Objective):
     @property
     def needs(self) -> Needs:
         told = (*(("guidance_scale",) if self.guidance else ()), *(("end_time",) if self.end_input else ()))
-        return Needs(images=True, inputs=told, average=self.average)
+        return Needs(images=True, inputs=told, scales=self.guidance, average=self.average)
 
     @property
     def samplers(self) -> tuple[str, ...] | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.divergences import divergence, ranges, relative
 from fewstep.losses import distance, flat_mean
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, register
+from fewstep.objectives.ranges import positive
 from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
 
@@ -42,6 +43,7 @@ class UniInstruct(TwoTimeScale):
     def __post_init__(self) -> None:
         super().__post_init__()
         divergence(self.divergence)
+        positive(floor=self.floor)
         if not 0 < self.least < 1 < self.most:
             raise ValueError(f"ratios average 1 and are cut to least < 1 < most, not to [{self.least}, {self.most}]")
         if self.bins < 1:

@@ -60,7 +60,11 @@ def test_what_was_measured_is_the_config_that_ships(summary):
 def test_a_head_keeps_its_authors_words_and_takes_the_numbers_in_place_of_older_ones(tmp_path):
     written(tmp_path, "a", [student(3.0, 0), student(5.0, 1), {"model": "teacher", "steps": 2, "fd": 9.0}])
     block = headers.said("a", tmp_path)
-    assert block.splitlines()[1] == "#           2 steps: FD 4.0 +- 1.4 (teacher: FD 9.0)" and "--seeds 0 1 " in block and "one core of Toy CPU;" in block
+    assert (
+        block.splitlines()[1] == "#           2 steps: FD 4.0 +- 1.4 (teacher: FD 9.0)"
+        and "--seeds 0 1 " in block
+        and "one core of Toy CPU;" in block
+    )
     plain = "# Title\n# Note: mine\nteacher: {path: x}  # why\n"
     once = headers.head(plain, block)
     assert once == "# Title\n# Note: mine\n" + block + "teacher: {path: x}  # why\n" and headers.head(once, block) == once

@@ -1,7 +1,7 @@
 """The wrapper adds a contest to whatever it wraps, and changes nothing else."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -43,22 +43,6 @@ def nets(judge, level=(0.8, 0.6)):
     return Nets(student=player, teacher=player, grid=(1.0,), step=ddim, judge=judge)
 
 
-def learned(objective, rounds=2):
-    """(a toy world that is no longer at its start, its players, how many samples each pass of its critic or judge had)."""
-    torch.manual_seed(0)
-    world = ring(objective)
-    play(objective, world, rounds, 32, 1e-3)
-    passes = []
-
-    def call(net, x, time, cond):
-        passes.append(len(x))
-        return net(x, time, cond)
-
-    critic = replace(world.nets.critic, call=call)
-    judge = replace(world.nets.judge, denoiser=replace(world.nets.judge.denoiser, call=call))
-    return world, replace(world.nets, critic=critic, judge=judge), passes
-
-
 def kinds(turns):
     return [turn.movers for turn in turns]
 
@@ -91,64 +75,27 @@ def test_what_it_wraps_is_left_as_it_is(inner, heads):
             assert set(wrapped.terms) - set(alone.terms) == ({"adversary"} if turn.player == "student" else {"judge"})
 
 
-def test_one_pass_of_the_critic_gives_its_score_and_the_heads_features():
-    """Shared, a critic's turn runs it on n samples, and on n real ones as far as the tap; apart, on 2 n as far as the tap."""
-    seen = {}
-    for shared in (True, False):
-        objective = Adversarial(inner=DMD(steps=1, critic_turns=1), shared=shared)
-        world, players, passes = learned(objective)
-        turn, before = objective.round(0)[0], len(passes)
-        losses = turn.loss(players, world.batch(16), stream(0, 0, 0, 0))
-        assert set(losses.terms) == {"denoise", "judge"}
-        seen[shared] = passes[before:]
-    assert seen == {True: [16, 16], False: [16, 32]}
-
-
-def test_a_shared_view_has_the_logits_that_a_pass_of_its_own_would_give():
-    objective = Adversarial(inner=DMD(steps=1, critic_turns=1))
-    world, players, _ = learned(objective)
-    shown, judge = [], players.judge
-
-    class Ear:
-        def logits(self, x_t, t, cond):
-            shown.append((x_t, t, judge.logits(x_t, t, cond)))
-            return shown[-1][2]
-
-        def both(self, x_t, t, cond, graph=True):
-            prediction, logits = judge.both(x_t, t, cond)
-            shown.append((x_t, t, logits))
-            return prediction, logits
-
-    losses = objective.round(0)[0].loss(replace(players, judge=Ear()), world.batch(16), stream(0, 0, 0, 0))
-    (x_t, t, fake), (_, t_real, real) = shown
-    torch.testing.assert_close(fake, judge.logits(x_t, t, NOTHING))
-    assert torch.equal(t, t_real)  # real and fake are told apart by what they show, not by when
-    torch.testing.assert_close(losses.terms["judge"], objective.judge_weight * RULES.judge(real, fake).mean(1))
-    assert float(losses.stats["gap"]) == pytest.approx(float((real - fake).mean()), abs=1e-6)
-
-
-@pytest.mark.parametrize("inner", ["detached", "attached", "score"])
-def test_the_student_shares_a_pass_only_where_its_sample_has_a_way_through(inner):
-    """A score at x_t that the sample has made (distribution matching) is heard, though it is wanted without a graph; one at a
-    detached x_t has nothing to teach the student by: then the term has its own pass."""
-    objective = Adversarial(inner=DMD(steps=1, critic_turns=1), weight=1.0)
-    world, players, passes = learned(objective)
-    x = torch.randn(16, 2, requires_grad=True)
-
-    def loss(nets, batch, rng):
-        with torch.no_grad():
-            nets.critic(x.detach(), times(0.3).expand(16), NOTHING)  # nobody's sample is never listened to
-        x_t = 0.5 * (x.detach() if inner == "detached" else x)
-        with torch.set_grad_enabled(inner != "score"):
-            seen = nets.critic(x_t, times(0.5).expand(16), NOTHING)
-        assert not (inner == "score" and seen.x0.requires_grad)
-        return Losses({"toy": seen.x0.mean(1)}, sample=x)
-
-    before = len(passes)
-    losses = objective.student_loss(Turn("student", loss), players, world.batch(16), stream(0, 0, 0, 0))
-    assert len(passes) - before == (3 if inner == "detached" else 2)
-    (grad,) = torch.autograd.grad(losses.terms["adversary"].sum(), losses.sample)
-    assert bool((grad.abs().sum(1) > 0).all())
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"inner": DMD(), "low": 0.4}, "low would change nothing: the critic's times are the heads' where they share its pass"),
+        ({"inner": DMD(), "shift": 3.0}, "shift would change nothing"),
+        ({"inner": DMD(), "heads": "ladd", "shared": False}, "shared would change nothing: ladd heads take passes of their own"),
+        ({"inner": DMD(), "heads": "pixel", "high": 0.5}, "high would change nothing: pixels are judged without noise"),
+        ({"inner": DMD(), "features": "zoo:other"}, "features would change nothing: dmd2 heads see what a denoiser makes"),
+        ({"inner": FDistill(), "judge_weight": 1.0}, "judge_weight would change nothing: inner trains its heads itself"),
+        (
+            {"inner": FDistill(), "loss": "hinge"},
+            "loss: inner reads its heads' logit as a log ratio, which hinge does not",
+        ),
+        ({"inner": UniInstruct(divergence="kl"), "loss": "least_squares"}, "loss: inner reads its heads' logit as a log ratio"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_or_mislead_is_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        Adversarial(**settings)
+    Adversarial(inner=DMD(), low=0.4, shared=False)
+    Adversarial(inner=DMD(), low=0.4, paired=True)
 
 
 @pytest.mark.parametrize("loss", CONTESTS)

@@ -25,6 +25,7 @@ from toys import (
 from fewstep.denoiser import Guided
 from fewstep.losses import moments_kl, normalised
 from fewstep.objectives import Batch
+from fewstep.objectives.base import simulate_step
 from fewstep.objectives.decoupled import Decoupled, augmentation, matching
 from fewstep.stream import stream
 
@@ -86,16 +87,17 @@ def test_the_terms_add_up_to_the_divergence_and_a_drift(target):
 
 
 @pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")])
-def test_the_fixed_point_weighs_the_guidance_by_the_levels_of_its_own(name, target):
+def test_the_fixed_point_weighs_the_guidance_by_the_levels_of_its_own(name, target, monkeypatch):
     """O3 on schedules apart: m* = mu + (w - 1) (mu - mu_u) C / D, each of one level here: the middle of its range."""
     schedule, start = SCHEDULES[name], 0.5
+    monkeypatch.setattr("fewstep.objectives.decoupled.simulate_step", lambda *given: (start, simulate_step(*given)[1]))
     share = {}
     for term, t in {"dm": (0.02 + 0.98) / 2, "ca": (0.02 + start) / 2}.items():
         a, sig = (float(c) for c in schedule.alpha_sigma(times(round(t, 3))))
         share[term] = sig**2 / (a**2 + sig**2)
     assert share["dm"] > 1.5 * share["ca"]
     m = MU + (W - 1) * (MU - MU_U) * share["ca"] / share["dm"]
-    assert gradient(FLAT, schedule, target, m, 1.0, grid=(start,)) == pytest.approx([0, 0], abs=1e-6)
+    assert gradient(FLAT, schedule, target, m, 1.0) == pytest.approx([0, 0], abs=1e-6)
 
 
 def asked(objective, grid, seed):
@@ -132,7 +134,12 @@ def test_guidance_is_asked_only_at_times_cleaner_than_the_students():
         assert len(matched) == 64 and len(guided) == 128  # no prompt is left out where distributions are matched
         k = stream(seed, 0, 0, 0).shared.integer(2)
         assert guided.max() < (1000 * 0.3 if k else 1000 * 0.98) and matched.max() > 700
-    asked(Decoupled(steps=1), (0.01,), 0)  # a student at the very end has a range, too
+        asked(Decoupled(steps=2), (1.0, 0.01), seed)  # a student at the very end has a range, too
+
+
+def test_before_pure_noise_guidance_has_the_full_range_whatever_time_the_network_is_told():
+    """A conditioning_timestep of 399 says nothing of how clean the student's input is."""
+    assert asked(Decoupled(steps=1), (0.4,), 0)[1].max() > 900
 
 
 @pytest.mark.parametrize("name, target", [("sd", "epsilon"), ("sd", "v_prediction"), ("flow", "flow")])
@@ -185,5 +192,5 @@ def test_the_shield_pulls_on_the_students_sample():
     losses = Decoupled(steps=1, moments=0.5, mean=0.2, std=2.0).student_loss(nets_of(VP, "flow", 0.1, 0.7), prompted(rng), rng)
     torch.testing.assert_close(losses.terms["moments"], 0.5 * moments_kl(losses.sample, 0.2, 2.0))
     assert "moments" not in Decoupled(steps=1).student_loss(nets_of(VP, "flow", 0.1, 0.7), prompted(rng), Quadrature(3)).terms
-    with pytest.raises(ValueError, match="std is the spread of clean latents"):
+    with pytest.raises(ValueError, match="std must be positive, not"):
         Decoupled(std=0.0)

@@ -17,6 +17,7 @@ from toys import (
     expected_gradient,
     game,
     gaussian,
+    play,
     ring,
     side_by_side,
     times,
@@ -123,6 +124,18 @@ def test_reverse_kl_is_dmd(target):
     level = OneLevel(0.8, 0.6)
     own = expected_gradient(FDistill(divergence="rkl"), nets_of(level, target), Quadrature(2))
     assert own == expected_gradient(DMD(), nets_of(level, target), Quadrature(2))
+
+
+@pytest.mark.parametrize("heads", ["dmd2", "ladd", "projected"])
+def test_the_score_is_the_critics_wherever_the_heads_listen(heads):
+    """Reverse KL is `dmd` for heads on the frozen teacher, too, which tell the ratio and nothing of what the student draws."""
+    objective = FDistill(divergence="rkl", steps=1, heads=heads)
+    world = ring(objective)
+    play(objective, world, 3, 32, 1e-3)  # away from the start, where critic and teacher are one
+    batch, own, other = world.batch(16), FDistill.student_loss, DMD.student_loss
+    mine = own(objective, world.nets, batch, stream(1, 0, 0, 0)).terms["dm"]
+    assert torch.equal(mine, other(DMD(steps=1), world.nets, batch, stream(1, 0, 0, 0)).terms["dm"])
+    assert mine.abs().max() > 0
 
 
 @every

@@ -5,8 +5,10 @@ from dataclasses import fields, replace
 import pytest
 from toys import ring
 
+from fewstep.api import open_study
 from fewstep.config import parse
 from fewstep.objectives import objectives
+from fewstep.objectives.ranges import check_fed
 from fewstep.stream import stream
 
 GUIDED = ("kappa1", "kappa2", "kappa3")  # they ask for a guided teacher, which this world has not
@@ -25,7 +27,21 @@ def test_what_is_accepted_can_be_played(name):
                 continue
             world = ring(objective)
             for turn in [turn for step in (0, 3) for turn in objective.round(step)]:
-                turn.loss(world.nets, world.batch(2), stream(0, 0, 0, 0))
+                loss = turn.loss(world.nets, world.batch(2), stream(0, 0, 0, 0)).total
+                assert loss.isfinite().all(), setting
+
+
+def test_a_student_draws_at_a_scale_that_it_is_trained_at():
+    check_fed(None, 9.0, embedded=True)
+    check_fed((1.0, 6.0), 6.0, embedded=False)
+    with pytest.raises(ValueError, match="would draw at this scale, 7.5, but objective.guidance has it trained at 1 to 6 only"):
+        check_fed((1.0, 6.0), 7.5, embedded=False)
+    with pytest.raises(ValueError, match="this teacher is fed its scale already, and would be guided twice; leave it away"):
+        check_fed((1.0, 6.0), 3.0, embedded=True)
+    objective = {"name": "consistency", "guidance": [4.0, 6.0]}
+    tree = {"teacher": {"path": "zoo:sprites-sd", "guidance": 3.0}, "student": {"weights": "full"}, "objective": objective}
+    with pytest.raises(ValueError, match="would draw at this scale, 3, but"):
+        open_study(parse({**tree, "data": {"images": "zoo:sprites"}}))
 
 
 @pytest.mark.parametrize(
@@ -46,6 +62,12 @@ def test_what_is_accepted_can_be_played(name):
         ({"name": "ict", "first": 10, "last": 5}, "levels rise from low to high and their number from first to last"),
         ({"name": "consistency", "solver_steps": 0}, "solver_steps must be at least 1, not 0"),
         ({"name": "phased_dmd", "critic_low": 1.0}, "a time range needs 0 <= low < high <= 1"),
+        ({"name": "dmd", "floor": 0}, "floor must be positive, not 0"),
+        ({"name": "phased_dmd", "floor": -1}, "floor must be positive, not -1"),
+        ({"name": "phased_dmd", "most": 0}, "most must be positive, not 0"),
+        ({"name": "sid", "dropout": 1}, "dropout is a share of prompts in .0, 1., not 1"),
+        ({"name": "decoupled", "matching": -1}, "matching must be at least 0, not -1"),
+        ({"name": "f_distill", "judge_weight": -1}, "judge_weight must be at least 0, not -1"),
         ({"name": "adversarial", "weight": -1}, "weight must be at least 0, not -1"),
         ({"name": "adversarial", "inner": {"name": "dmd", "steps": 0}}, ".inner.steps must be at least 1, not 0"),
         ({"name": "boot", "steps": 0}, ".steps must be at least 1, not 0"),

@@ -74,7 +74,7 @@ MATCHING = {
     "dmd": (5, 2e-2),
     "dmd1": (4, 1e-2),  # its critic has one turn to the student's one: 7.2 and 5.2 times nearer over two seeds
     "f_distill": (5, 2e-2),
-    "phased_dmd": (2.5, 2e-2),  # its two steps begin at half the distance of one, and it stays at 3 from 150 rounds a phase on
+    "phased_dmd": (1.7, 1e-2),  # its two steps begin at half the distance of one; 2.1 to 3.1 over seeds, rates and processors
     "sid": (5, 2e-2),
     "sim": (5, 2e-2),
     "uni_instruct": (5, 2e-2),
@@ -84,8 +84,13 @@ MATCHING = {
 # These make a step cheaper, not steps fewer.
 SAME_STEPS = {"guidance"}
 
-# What these need to come down to one step at once, not in stages.
-ONE_STEP = {"progressive": {"factor": 16}, "adversarial_distance": {"inner": Progressive(steps=1, factor=16)}}
+# What these need to come down to one step at once, not in stages, or through all of their stages in the rounds they have here.
+ONE_STEP = {
+    "progressive": {"factor": 16},
+    "adversarial_distance": {"inner": Progressive(steps=1, factor=16)},
+    "ect": {"stage_rounds": 100},
+    "ict": {"rounds": 500, "last": 80},
+}
 
 every = pytest.mark.parametrize("name", objectives())
 judged = pytest.mark.parametrize("name", EVERY)
@@ -205,7 +210,7 @@ def test_equal_players_are_at_rest(name):
 @pytest.mark.parametrize("name", sorted(set(objectives()) - SAME_STEPS))
 def test_it_improves_a_world_of_eight_modes(name):
     """T27. One step, where the teacher draws its mean only, or one a phase; those with a factor of 5 came
-    6.3 (sim) to 8.3 times nearer (adversarial), phased_dmd 3.1."""
+    6.3 (sim) to 8.3 times nearer (adversarial), phased_dmd 2.3."""
     objective = replace(made(name, steps=made(name).needs.phases), **ONE_STEP.get(name, {}))
     world = ring(objective)
     goal = world.many_steps()

@@ -133,11 +133,14 @@ def test_the_student_is_pushed_along_the_normalised_tangent_and_nobody_else_is(n
     torch.testing.assert_close(losses.sample, prediction.x0)
 
 
-def test_a_share_of_samples_at_the_noise_end_is_judged_but_not_pushed():
-    student, teacher = student_of("flow", "flow", MEAN + 0.3), exact("flow", "flow")
-    batch = Batch(NOTHING, (N, 2), clean(N))
-    losses = SCM(noise_share=0.5, weighting="none").student_loss(game(student, teacher), batch, stream(0, 0, 0, 0))
-    resting = losses.terms["scm"] < 1e-12
+@teachers
+@pytest.mark.parametrize("weighting", ["none", "adaptive"])
+def test_a_share_of_samples_at_the_noise_end_is_judged_but_not_pushed(name, target, weighting):
+    student, teacher = student_of(name, target, MEAN + 0.3), exact(name, target)
+    batch, objective = Batch(NOTHING, (N, 2), clean(N)), SCM(noise_share=0.5, weighting=weighting)
+    nets = replace(game(student, teacher), weighting=lambda t: 0.3 + 0 * t)
+    losses = objective.student_loss(nets, batch, stream(0, 0, 0, 0))
+    resting = losses.terms["scm"] == 0
     assert 0.35 < resting.double().mean() < 0.65
     assert losses.sample is not None and (losses.sample[resting].std(0) > 0.1).all()
     with pytest.raises(ValueError, match="share of samples"):
