@@ -240,7 +240,7 @@ def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
         )
     if config.student.conditioning_timestep is not None and not config.objective.walks:
         raise ValueError(
-            f"student.conditioning_timestep: objective {name} learns from noised data, whose time is their noise; leave it away"
+            f"student.conditioning_timestep: objective {name} asks its student at the time of its input's noise; leave it away"
         )
     _check_start(config, before)
     return config

@@ -132,14 +132,17 @@ def test_an_error_of_the_noise_weighs_less_there(teachers):
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        ({"objective": {"name": "tcd"}, "data": {"images": "zoo:sprites"}}, "objective tcd learns from noised data"),
+        (
+            {"objective": {"name": "tcd"}, "data": {"images": "zoo:sprites"}},
+            "objective tcd asks its student at the time of its input's noise",
+        ),
         (
             {"objective": {"name": "phased_dmd", "phase_rounds": 1}, "train": {"rounds": 9}},
-            "objective phased_dmd learns from noised data",
+            "objective phased_dmd asks its student at the time of its input's noise",
         ),
         (
             {"objective": {"name": "adversarial", "inner": {"name": "consistency"}}, "data": {"images": "zoo:sprites"}},
-            "objective adversarial learns from noised data",
+            "objective adversarial asks its student at the time of its input's noise",
         ),
         ({"student": {"conditioning_timestep": 0}}, "student.conditioning_timestep: Input should be greater than or equal to 1"),
         (

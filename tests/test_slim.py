@@ -134,8 +134,9 @@ def test_slimflow_from_a_config_to_a_proved_export_of_half_the_parameters(folder
     assert stored["block_out_channels"] == [4, 8]
 
 
-def test_the_shipped_student_has_at_most_half_its_teachers_parameters():
-    found = plan(load(ROOT / "configs" / "sprites-sd-slimflow-1step-full.yaml"))
+@pytest.mark.parametrize("teacher", ["sd", "flow"])
+def test_the_shipped_students_have_at_most_half_their_teachers_parameters(teacher):
+    found = plan(load(ROOT / "configs" / f"sprites-{teacher}-slimflow-1step-full.yaml"))
     assert 2 * found["trained parameters"]["student"] <= 1e6 * float(re.search(r"([\d.]+) M parameters", found["teacher"])[1])
 
 

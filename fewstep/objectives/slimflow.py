@@ -96,6 +96,10 @@ class FlowGuided(Objective):
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # as `walked` goes
 
+    @property
+    def walks(self) -> bool:
+        return True
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 

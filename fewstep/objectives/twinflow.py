@@ -28,7 +28,8 @@ class TwinFlow(Objective):
 
     order, delta, average: as in `rcgm`. fake, rectify: weights of the two terms. The student's network is fed the jump's end and
     needs full weights. Any schedule, by matching noise ratios to the straight path. Images (latents) are needed.
-    Deviations: those of `rcgm`; a batch is not cut into four, but all of it jumps and as many samples are drawn from noise; fake
+    Deviations: those of `rcgm`; the negative end alone says which flow is asked, where the paper's network is fed -t as its time,
+    too; a batch is not cut into four, but all of it jumps and as many samples are drawn from noise; fake
     and real velocity are compared where the fake one is learned, which saves a pass. Two gradients are not brought to one size
     for each sample: that of the fake velocity, whose optimum is then the mean that the comparison wants, and that of the
     comparison, which so vanishes with the difference (of about 0.25; hence its weight is not the paper's 0.5).
