@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, final
 
@@ -15,6 +14,7 @@ from fewstep.losses import CONTESTS, flat_mean
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, Wrapper, denoise, register
 from fewstep.objectives.contest import View, contest, drawn, looked, noised, overheard
 from fewstep.objectives.dmd import DMD
+from fewstep.objectives.heeded import check_heeded
 from fewstep.objectives.ranges import at_least
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -67,32 +67,9 @@ class Adversarial(Wrapper):
             ours = "heads, taps, features" + (", r1, r2" if trained else "")
             raise ValueError(f"inner: it says itself which heads it needs; leave these settings of adversarial away: {ours}")
         if "heads" in own.roles and self.loss != "non_saturating":
-            raise ValueError(
-                f"loss: inner reads its heads' logit as a log ratio, which {self.loss} does not make it; leave it away"
-            )
-        defaults = {f.name: f.default for f in fields(self)}
-        for name, why in self._idle(trained):
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} would change nothing: {why}; leave it away")
-
-    def _idle(self, trained: bool) -> Iterator[tuple[str, str]]:
-        """Settings that nothing reads as the others are, and why."""
-        backbone, times = KINDS[self.heads].backbone, ("low", "high", "shift")
-        if trained:
-            yield "judge_weight", "inner trains its heads itself, by its own judge_weight"
-        if backbone != "pixels":
-            yield (
-                "features",
-                f"{self.heads} heads see what a denoiser makes of latents, and only those of kind pixel have a network",
-            )
-        if backbone == "pixels":
-            yield from ((name, "pixels are judged without noise") for name in (*times, "paired"))
-        if backbone != "critic":
-            yield "shared", f"{self.heads} heads take passes of their own"
-        elif self.shared and not self.paired and "critic" in self.inner.needs.roles:
-            yield from (
-                (name, "the critic's times are the heads' where they share its pass (shared: false parts them)") for name in times
-            )
+            raise ValueError(f"loss: inner reads its heads' logit as a log ratio, which {self.loss} does not make; leave it away")
+        shares = self.shared and not self.paired and "critic" in own.roles
+        check_heeded(self, self.heads, trained=trained, shares=shares)
 
     @property
     def needs(self) -> Needs:

@@ -82,11 +82,11 @@ def test_what_it_wraps_is_left_as_it_is(inner, heads):
         ({"inner": DMD(), "shift": 3.0}, "shift would change nothing"),
         ({"inner": DMD(), "heads": "ladd", "shared": False}, "shared would change nothing: ladd heads take passes of their own"),
         ({"inner": DMD(), "heads": "pixel", "high": 0.5}, "high would change nothing: pixels are judged without noise"),
-        ({"inner": DMD(), "features": "zoo:other"}, "features would change nothing: dmd2 heads see what a denoiser makes"),
+        ({"inner": DMD(), "features": "zoo:other"}, "features would change nothing: dmd2 heads listen to a denoiser"),
         ({"inner": FDistill(), "judge_weight": 1.0}, "judge_weight would change nothing: inner trains its heads itself"),
         (
             {"inner": FDistill(), "loss": "hinge"},
-            "loss: inner reads its heads' logit as a log ratio, which hinge does not",
+            "loss: inner reads its heads' logit as a log ratio, which hinge does not make",
         ),
         ({"inner": UniInstruct(divergence="kl"), "loss": "least_squares"}, "loss: inner reads its heads' logit as a log ratio"),
     ],
