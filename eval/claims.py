@@ -11,7 +11,7 @@ from typing import Any
 
 from headers import counted, note
 
-from fewstep.config import parse
+from fewstep.config import Config, parse
 from fewstep.evaluation import results
 from fewstep.objectives.adversarial import Adversarial
 from fewstep.objectives.base import Objective
@@ -22,14 +22,20 @@ from fewstep.objectives.phased_dmd import PhasedDMD
 
 @dataclass(frozen=True)
 class Student:
-    """One results file: a student, what it was trained with, and its mean measures by number of steps beside its teacher's."""
+    """One results file: a student, what it was trained with and for how many seconds of one processor at most, and its mean
+    measures by number of steps beside its teacher's."""
 
     name: str
     teacher: str
     steps: int
-    objective: Objective
+    config: Config
+    seconds: float | None
     own: Mapping[int, Mapping[str, float]]
     theirs: Mapping[int, Mapping[str, float]]
+
+    @property
+    def objective(self) -> Objective:
+        return self.config.objective
 
     def times(self, reference: int) -> float:
         """Its FD at its steps over its teacher's at `reference` steps."""
@@ -43,11 +49,12 @@ def students(folder: Path) -> list[Student]:
         cost = json.loads(file.read_text(encoding="utf-8"))
         if "settings" not in cost:
             continue
-        objective, name = parse(cost["settings"]).objective, file.name.removesuffix(".summary.json")
+        config, name = parse(cost["settings"]), file.name.removesuffix(".summary.json")
         rows = results.read(folder / f"{name}.json")["rows"]
         own, theirs = (_means(r for r in rows if r["model"] == model) for model in ("student", "teacher"))
-        if objective.steps in own and objective.steps < 50 and {50, objective.steps} <= theirs.keys():
-            found.append(Student(name, cost["teacher"], objective.steps, objective, own, theirs))
+        steps, spent = config.objective.steps, [x for x in cost.get("train_cpu_seconds") or () if x is not None]
+        if steps in own and steps < 50 and {50, steps} <= theirs.keys():
+            found.append(Student(name, cost["teacher"], steps, config, max(spent, default=None), own, theirs))
     return found
 
 
@@ -72,16 +79,35 @@ def halved(known: list[Student]) -> Iterable[str]:
 
 
 def near(known: list[Student]) -> Iterable[str]:
-    """How near the best comes to the teacher at 50 steps."""
+    """Within 1.3 times the teacher's distance at 50 steps."""
     for steps in sorted({s.steps for s in known}):
         best = min((s for s in known if s.steps == steps), key=lambda s: s.times(50))
-        yield f"nearest to the teacher's 50 steps in {counted(steps)}: {best.name}, {best.times(50):.2f} times its FD"
+        verdict = "held" if best.times(50) <= 1.3 else "missed"
+        yield f"at most 1.3 times the teacher's FD in 50 steps, in {counted(steps)}: {verdict}, {best.name} has {best.times(50):.2f}"
+
+
+def unified(known: list[Student]) -> Iterable[str]:
+    """One LoRA, trained in stages, at every number of steps it is judged at."""
+    for s in known:
+        if len(s.config.stages) > 2 and s.config.student.weights == "lora":
+            both = sorted(s.own.keys() & s.theirs.keys())
+            parts = [f"{s.own[n]['fd'] / s.theirs[n]['fd']:.2f} in {counted(n)}" for n in both]
+            yield f"one LoRA for all steps, {s.name}, times the teacher's FD there: {', '.join(parts)}"
+
+
+def cheap(known: list[Student]) -> Iterable[str]:
+    """Twenty minutes of one processor."""
+    spent = sorted((s.seconds / 60, s.name) for s in known if s.seconds is not None)
+    late = [f"{name} ({minutes:.1f})" for minutes, name in spent if minutes > 20]
+    if spent:
+        tail = "; not " + ", ".join(late) if late else f"; the longest {spent[-1][0]:.1f}, {spent[-1][1]}"
+        yield f"at most 20 minutes of one processor: {len(spent) - len(late)} of {len(spent)}{tail}"
 
 
 def real(known: list[Student]) -> Iterable[str]:
     """Whether real data take a student past its teacher."""
     for s in known:
-        if isinstance(s.objective, Adversarial):
+        if isinstance(s.objective, Adversarial | FDistill):
             verdict = "below" if s.times(50) < 1 else "not below"
             yield f"real data through heads, {s.name}: {verdict} the teacher's 50 steps ({s.times(50):.2f} times its FD)"
 
@@ -111,7 +137,7 @@ def _kept(a: Student, b: Student) -> str:
     return ", ".join(f"{key} {x:.3f} against {y:.3f} ({'more' if x > y else 'not more'})" for key, (x, y) in pairs.items())
 
 
-CLAIMS: tuple[Callable[[list[Student]], Iterable[str]], ...] = (halved, near, real, forward, phased)
+CLAIMS: tuple[Callable[[list[Student]], Iterable[str]], ...] = (halved, near, unified, real, forward, phased, cheap)
 
 
 def page(folder: Path) -> list[str]:

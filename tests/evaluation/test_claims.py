@@ -14,17 +14,18 @@ GAN = {"name": "adversarial", "inner": {"name": "dmd", "steps": 1}}
 
 @pytest.fixture
 def measured(tmp_path):
-    """measured(name, objective, FD of each seed, **measures, stages): a results file and its summary, where claims find them."""
+    """measured(name, objective, FD of each seed, **measures, ...): a results file and its summary, where claims find them."""
 
-    def write(name, objective, *fds, stages=(), teacher="zoo:a w=3", **measures):
+    def write(name, objective, *fds, stages=(), teacher="zoo:a w=3", student=None, seconds=None, **measures):
         tree = {"teacher": {"path": "zoo:sprites-sd"}, "objective": objective, "data": {"images": "zoo:sprites"}}
+        tree["student"] = student or {"weights": "lora"}
         config = parse(tree | ({"stages": list(stages)} if stages else {}))
         last = config.stages[-1] if stages else config
         kept = {"recall": 0.5, "coverage": 0.5, **measures}
         rows = [{"model": "teacher", "steps": n, "fd": fd, **kept} for n, fd in TEACHER.items()]
         rows += [{"model": "student", "steps": last.objective.steps, "seed": i, "fd": fd, **kept} for i, fd in enumerate(fds)]
         (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows, "protocol": PROTOCOL, "environment": {}}))
-        cost = {"teacher": teacher, "settings": config.model_dump(mode="json")}
+        cost = {"teacher": teacher, "settings": config.model_dump(mode="json"), "train_cpu_seconds": seconds}
         (tmp_path / f"{name}.summary.json").write_text(json.dumps(cost))
         return claims.students(tmp_path)
 
@@ -32,7 +33,8 @@ def measured(tmp_path):
 
 
 def test_half_of_the_teachers_distance_is_asked_at_the_students_own_steps(measured):
-    measured("a", {"name": "dmd", "steps": 1}, 400.0, 600.0)  # the mean is just half
+    alone = measured("a", {"name": "dmd", "steps": 1}, 400.0, 600.0)  # the mean is just half
+    assert list(claims.near(alone)) == ["at most 1.3 times the teacher's FD in 50 steps, in 1 step: missed, a has 12.50"]
     measured("b", {"name": "dmd", "steps": 4}, 31.0)
     known = measured("c", {"name": "dmd", "steps": 4}, 20.0, stages=({"objective": {"steps": 4}}, {"objective": {"steps": 1}}))
     assert list(claims.halved(known)) == [
@@ -40,9 +42,27 @@ def test_half_of_the_teachers_distance_is_asked_at_the_students_own_steps(measur
         "at most half of the teacher's FD in 4 steps: 0 of 1 trained for it; not b (0.52)",
     ]
     assert list(claims.near(known)) == [
-        "nearest to the teacher's 50 steps in 1 step: c, 0.50 times its FD",
-        "nearest to the teacher's 50 steps in 4 steps: b, 0.78 times its FD",
+        "at most 1.3 times the teacher's FD in 50 steps, in 1 step: held, c has 0.50",
+        "at most 1.3 times the teacher's FD in 50 steps, in 4 steps: held, b has 0.78",
     ]
+
+
+def test_one_file_for_all_steps_is_held_against_the_teacher_at_each(measured):
+    stages = [{"objective": {"name": "tcd", "steps": 4, "segments": n}} for n in (4, 2)]
+    stages.append({"objective": {"name": "dmd", "steps": 1}})
+    measured("full", {"name": "tcd"}, 500.0, stages=stages, student={"weights": "full"})
+    known = measured("one", {"name": "tcd"}, 500.0, stages=stages)
+    assert list(claims.unified(known)) == ["one LoRA for all steps, one, times the teacher's FD there: 0.50 in 1 step"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [([700.0, 1260.0], "1 of 2; not b (21.0)"), ([60.0], "2 of 2; the longest 10.0, a")]
+)
+def test_training_that_takes_too_long_is_named(measured, seconds, said):
+    measured("a", {"name": "dmd", "steps": 1}, 400.0, seconds=[600.0, None])
+    measured("unknown", {"name": "dmd", "steps": 1}, 400.0)
+    known = measured("b", {"name": "dmd", "steps": 1}, 400.0, seconds=seconds)
+    assert list(claims.cheap(known)) == [f"at most 20 minutes of one processor: {said}"]
 
 
 @pytest.mark.parametrize(("fd", "said"), [(39.0, "below"), (41.0, "not below")])
