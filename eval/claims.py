@@ -83,7 +83,8 @@ def near(known: list[Student]) -> Iterable[str]:
     for steps in sorted({s.steps for s in known}):
         best = min((s for s in known if s.steps == steps), key=lambda s: s.times(50))
         verdict = "held" if best.times(50) <= 1.3 else "missed"
-        yield f"at most 1.3 times the teacher's FD in 50 steps, in {counted(steps)}: {verdict}, {best.name} has {best.times(50):.2f}"
+        said = f"{verdict}, {best.name} has {best.times(50):.2f}"
+        yield f"at most 1.3 times the teacher's FD in 50 steps, in {counted(steps)}: {said}"
 
 
 def unified(known: list[Student]) -> Iterable[str]:

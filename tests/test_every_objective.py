@@ -28,6 +28,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # Other methods under the same names.
 VARIANTS: dict[str, dict[str, Any]] = {
     "lcm, full": {"name": "consistency", "steps": 2, "solver_steps": 16, "guidance": [1.0, 5.0], "average": 0.95},
+    "lcm": {"name": "consistency", "steps": 2, "solver_steps": 16, "segments": 1, "sampler": "renoise"},
+    "sana-sprint": {
+        "name": "adversarial", "heads": "ladd", "loss": "hinge",
+        "inner": {"name": "scm", "steps": 2, "warmup": 2, "noise_share": 0.5, "guidance": [1.0, 5.0]},
+    },
     "tcd, told its end": {
         "name": "tcd", "steps": 2, "solver_steps": 16, "end_input": True, "order": 2, "sampler": "ddim",
     },
