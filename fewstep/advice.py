@@ -40,6 +40,18 @@ BANDS = (
         records=3,
     ),
     Band(
+        "*/gap",
+        "the heads do not tell real from fake, so the student learns nothing of them; raise train.heads_lr or judge_weight",
+        low=0.01,
+        records=5,
+    ),
+    Band(
+        "*/gap",
+        "the heads see through the student with ease, which leaves it no direction; lower train.heads_lr, or set r1",
+        high=5,
+        records=3,
+    ),
+    Band(
         "student/x0_std",
         "the student's latents are flat: it may have collapsed; lower train.lr, look at grids/",
         low=0.1,

@@ -20,7 +20,8 @@ from fewstep.times import Uniform
 @dataclass(frozen=True, kw_only=True)
 class GuidanceDistillation(Objective):
     """The student, fed the scale g, predicts what the guided teacher predicts at g: stage 1 of Meng et al. 2022,
-    arXiv 2210.03142. It halves the cost of a step and not their number; `progressive` on its export goes on with that (stage 2).
+    arXiv 2210.03142. It halves the cost of a step and not their number; `progressive` with the same `guidance`, as the next stage
+    (teacher: previous), goes on with that.
 
     steps: of the deployed student, as many as its teacher needs. guidance: range of the scales (the paper's w + 1; w in [0, 4] on
     ImageNet). low: least time. Images (latents) are needed: x_t is made from them.
