@@ -56,7 +56,7 @@ def check_optimizer(name: str, cpu: bool) -> None:
     if name != "adamw8bit":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("train.optimizer: adamw8bit needs bitsandbytes (pip install 'fewstep[bnb]'); or set it to adafactor")
+        raise ValueError("train.optimizer: adamw8bit needs bitsandbytes (pip install bitsandbytes); or set it to adafactor")
     if cpu:
         raise ValueError("train.optimizer: adamw8bit runs on CUDA devices alone; on the CPU set it to adafactor or adamw")
 

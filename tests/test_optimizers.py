@@ -87,7 +87,7 @@ def test_a_run_goes_on_to_the_bit_and_counts_what_it_skips(name, tmp_path, bitsa
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"train": {"optimizer": "adamw8bit"}}, r"needs bitsandbytes \(pip install 'fewstep\[bnb\]'\); or set it to adafactor"),
+        ({"train": {"optimizer": "adamw8bit"}}, r"needs bitsandbytes \(pip install bitsandbytes\); or set it to adafactor"),
         ({"teacher": {"path": "zoo:sprites-sd", "storage": "host"}}, "storage: host is for a GPU .*; on the CPU leave it away"),
         ({"train": {"device": "cuda"}}, "set train.device to cpu or auto"),
     ],

@@ -114,7 +114,7 @@ def _open(file: Path) -> Any:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ValueError(f"{file} needs pyarrow to be read; install it (pip install 'fewstep[data]')") from error
+        raise ValueError(f"{file} needs pyarrow to be read; install it (pip install pyarrow)") from error
     try:
         return parquet.ParquetFile(file)
     except (ArrowException, OSError) as error:

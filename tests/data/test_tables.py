@@ -162,5 +162,5 @@ def test_a_group_is_read_once_for_rows_in_order(tmp_path, monkeypatch):
 def test_without_pyarrow_the_remedy_is_said(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"a.parquet needs pyarrow to be read; install it .pip install 'fewstep\[data\]'"):
+    with pytest.raises(ValueError, match=r"a.parquet needs pyarrow to be read; install it .pip install pyarrow."):
         read_images(str(tmp_path), SIZE)
