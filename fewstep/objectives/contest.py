@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.denoiser import Cond, Denoiser, Prediction, cat
+from fewstep.heads import Point
 from fewstep.losses import Contest, flat_mean, gradient_penalty, health, jitter_penalty
 from fewstep.objectives.base import Batch, Judge, Losses, Nets, Turn
 from fewstep.stream import Stream
@@ -50,13 +51,35 @@ class Overheard(Denoiser):
         return prediction
 
 
+@dataclass(frozen=True)
+class Listening:
+    """A judge that keeps what it has said of samples under these conditions, for whoever asks the same afterwards."""
+
+    judge: Judge
+    cond: Cond
+    views: list[View]
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.judge.logits(x_t, t, cond)
+
+    def beside(self, points: Sequence[Point], origin: Point | None, cond: Cond) -> list[Tensor]:
+        return self.judge.beside(points, origin, cond)
+
+    def both(self, x_t: Tensor, t: Tensor, cond: Cond, *, graph: bool = True) -> tuple[Prediction, Tensor]:
+        prediction, logits = self.judge.both(x_t, t, cond, graph=graph)
+        if cond is self.cond:
+            self.views.append(View(x_t, t, logits))
+        return prediction, logits
+
+
 def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses, View | None]:
     """A turn's losses, and its critic's pass, judged on the way, where there is exactly one with a graph."""
     if nets.critic is None:
         return turn.loss(nets, batch, rng), None
     assert nets.judge is not None
     critic = Overheard.of(nets.critic, nets.judge, batch.cond)
-    losses = turn.loss(replace(nets, critic=critic), batch, rng)
+    judge = Listening(nets.judge, batch.cond, critic.views)  # asked by an objective that reads a ratio off it
+    losses = turn.loss(replace(nets, critic=critic, judge=judge), batch, rng)
     return losses, critic.views[0] if len(critic.views) == 1 else None
 
 

@@ -61,10 +61,13 @@ def test_one_pass_of_the_critic_gives_its_score_and_the_heads_features():
     assert seen == {True: [16, 16], False: [16, 32]}
 
 
-@pytest.mark.parametrize("name", ["dmd", "dmd1", "decoupled", "diff_instruct", "phased_dmd", "sid", "sim", "uni_instruct", "vsd"])
-def test_the_pass_that_scores_the_students_sample_is_the_one_that_judges_it(name):
+SCORED = ["dmd", "dmd1", "decoupled", "diff_instruct", "f_distill", "phased_dmd", "sid", "sim", "uni_instruct", "vsd"]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in SCORED), ("uni_instruct", {"divergence": "kl"})])
+def test_the_pass_that_scores_the_students_sample_is_the_one_that_judges_it(name, options):
     kind = objectives()[name]
-    objective = Adversarial(inner=kind(steps=max(1, kind().needs.phases), critic_turns=1))
+    objective = Adversarial(inner=kind(steps=max(1, kind().needs.phases), critic_turns=1, **options))
     world, players, passes = learned(objective)
     before = len(passes)
     losses = objective.round(0)[-1].loss(players, world.batch(16), stream(0, 0, 0, 0))
