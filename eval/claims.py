@@ -19,17 +19,20 @@ from fewstep.objectives.dmd import DMD
 from fewstep.objectives.f_distill import FDistill
 from fewstep.objectives.phased_dmd import PhasedDMD
 
+MEASURES = ("fd", "accuracy", "recall", "coverage")
+
 
 @dataclass(frozen=True)
 class Student:
-    """One results file: a student, what it was trained with and for how many seconds of one processor at most, and its mean
-    measures by number of steps beside its teacher's."""
+    """One results file: a student, what it was trained with and for how many seconds of one processor at most, its distance at
+    its steps for each seed, and its mean measures by number of steps beside its teacher's."""
 
     name: str
     teacher: str
     steps: int
     config: Config
     seconds: float | None
+    distances: tuple[float, ...]
     own: Mapping[int, Mapping[str, float]]
     theirs: Mapping[int, Mapping[str, float]]
 
@@ -54,7 +57,8 @@ def students(folder: Path) -> list[Student]:
         own, theirs = (_means(r for r in rows if r["model"] == model) for model in ("student", "teacher"))
         steps, spent = config.objective.steps, [x for x in cost.get("train_cpu_seconds") or () if x is not None]
         if steps in own and steps < 50 and {50, steps} <= theirs.keys():
-            found.append(Student(name, cost["teacher"], steps, config, max(spent, default=None), own, theirs))
+            distances = tuple(r["fd"] for r in rows if (r["model"], r["steps"]) == ("student", steps))
+            found.append(Student(name, cost["teacher"], steps, config, max(spent, default=None), distances, own, theirs))
     return found
 
 
@@ -63,7 +67,7 @@ def _means(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
     for row in rows:
         known.setdefault(row["steps"], []).append(row)
     return {
-        steps: {key: statistics.mean(r[key] for r in some) for key in ("fd", "recall", "coverage") if all(key in r for r in some)}
+        steps: {key: statistics.mean(r[key] for r in some) for key in MEASURES if all(key in r for r in some)}
         for steps, some in known.items()
     }
 

@@ -1,4 +1,4 @@
-"""Renders eval/results/*.json to one table: `python eval/leaderboard.py [--results eval/results] [--out eval/LEADERBOARD.md]`.
+"""Renders eval/results/*.json to one table, and the best of it to README's: `python eval/leaderboard.py [--out PAGE.md]`.
 
 A row is a config at a number of steps, its mean over seeds (deviation where there are several); teachers stand above the students
 they were measured with. What a result does not say is a dash; nothing is guessed.
@@ -37,6 +37,7 @@ COLUMNS = (
 )
 MEASURES = {"fd": ".1f", "clip": ".1f", "accuracy": ".3f", "recall": ".3f", "coverage": ".3f"}
 COSTS = {"train_seconds": ".0f", "train_cpu_seconds": ".0f", "peak_gb": ".2f"}
+START, END = "<!-- best: python eval/leaderboard.py -->", "<!-- end of best -->"
 HEAD = """# Leaderboard
 
 Made by `python eval/leaderboard.py` from `eval/results/`; do not edit. Lower FD is better; a dash was not recorded. Numbers are
@@ -125,6 +126,27 @@ def render(folder: Path) -> str:
     return "\n".join(page + claims.page(folder))
 
 
+def best(known: list[claims.Student], most: int = 6) -> str:
+    """README's table: of each teacher and number of steps the students nearest to the drawings, at what they were trained for."""
+    rows, places = [], {(s.teacher.split()[0], s.steps) for s in known}
+    for teacher, steps in sorted(places, key=lambda place: (place[0] != "zoo:sprites-sd", place)):
+        mine = [s for s in known if (s.teacher.split()[0], s.steps) == (teacher, steps)]
+        for s in sorted(mine, key=lambda s: s.own[steps]["fd"])[:most]:
+            pairs = (f"{m[steps][key]:{form}}" for key, form in (("fd", ".1f"), ("accuracy", ".3f")) for m in (s.own, s.theirs))
+            fd, there, right, theirs = pairs
+            spread = f" ± {statistics.stdev(s.distances):.1f}" if len(s.distances) > 1 else ""
+            spent = "-" if s.seconds is None else f"{s.seconds:.0f}"
+            rows.append([f"`{s.name}`", str(steps), fd + spread, there, right, theirs, spent, str(len(s.distances))])
+    head = ["config", "steps", "FD", "the teacher's there", "accuracy", "the teacher's there", "CPU seconds", "seeds"]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def between(text: str, table: str) -> str:
+    """A README's text with the table between its marks."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{table}\n{END}{rest.split(END)[1]}"
+
+
 def _number(cell: str) -> float:
     return 0.0 if cell == "-" else float(cell.split()[0])
 
@@ -133,8 +155,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--out", type=Path, default=HERE / "LEADERBOARD.md")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
     args = parser.parse_args()
     args.out.write_text("\n".join([render(args.results), *claims.notes(HERE.parent / "configs")]), encoding="utf-8")
+    text = between(args.readme.read_text(encoding="utf-8"), best(claims.students(args.results)))
+    args.readme.write_text(text, encoding="utf-8")
     print(args.out)
 
 

@@ -42,9 +42,13 @@ def lines(page):
 
 
 def test_the_command_runs_on_the_committed_results_and_the_committed_page_is_up_to_date(tmp_path):
-    out = tmp_path / "page.md"
-    subprocess.run([sys.executable, str(EVAL / "leaderboard.py"), "--out", str(out)], check=True, capture_output=True)
+    out, readme, ours = tmp_path / "page.md", tmp_path / "README.md", EVAL.parent / "README.md"
+    readme.write_text(f"before\n{leaderboard.START}\nold\n{leaderboard.END}\nafter\n")
+    command = [sys.executable, str(EVAL / "leaderboard.py"), "--out", str(out), "--readme", str(readme)]
+    subprocess.run(command, check=True, capture_output=True)
     assert out.read_text() == (EVAL / "LEADERBOARD.md").read_text(), "run `python eval/leaderboard.py` and commit its page"
+    table = readme.read_text().removeprefix(f"before\n{leaderboard.START}").removesuffix(f"{leaderboard.END}\nafter\n")
+    assert f"{leaderboard.START}{table}{leaderboard.END}" in ours.read_text() and table.count("\n") > 10
 
 
 def test_the_heads_of_the_configs_say_what_the_results_say():
