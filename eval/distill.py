@@ -33,7 +33,7 @@ def distil(
     settings = load(config, [f"train.seed={seed}", *extra])
     run = api.train(settings, folder, resume=(folder / "config.yaml").exists())
     log = list(chain(folder))
-    found, _ = evaluate(run.folder, protocol, out=folder / "results.json", steps=[], fresh=False, teacher=teacher)
+    found, _ = evaluate(run.folder, protocol, out=None, steps=[], fresh=False, teacher=teacher)
     return found, log
 
 

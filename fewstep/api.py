@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep import checkpoint
+from fewstep import checkpoint, identity
 from fewstep.adapters import Teacher, load_teacher
-from fewstep.config import ATTENTION, Config, parse
+from fewstep.config import Config, parse
 from fewstep.data import Pairs, default_cache, digest, open_source
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.experts import PhasedExperts, along
+from fewstep.exported import wanted_steps
 from fewstep.heads import Discriminator
-from fewstep.networks import Role, attend, build, gather, heads_role, set_weights
+from fewstep.networks import Role, set_weights
 from fewstep.objectives import Nets
 from fewstep.objectives.ranges import check_fed
 from fewstep.objectives.samplers import deployed_sampler
 from fewstep.painting import generate
-from fewstep.pixels import looking, pixels_role
+from fewstep.pixels import looking
 from fewstep.plain import name_of, stepped
 from fewstep.preview import Preview
+from fewstep.roles import roles_of
 from fewstep.sampling import STEPS
 from fewstep.slim import try_out
 from fewstep.stages import Stage, check_folder, find, stages_of, store
-from fewstep.storage import KEEPINGS
 from fewstep.trainer import Job, fit, make_accelerator, runs_on_cpu
-from fewstep.weighting import weighting_role
+from fewstep.verify import Report, verify
 
+Place = str | Path
 Part = str | Mapping[str, Any]  # the name that a part of a config turns on, or the whole part
 
 
@@ -146,25 +149,9 @@ def open_study(config: Config) -> Study:
 
 def study_of(config: Config, teacher: Teacher) -> Study:
     """The roles of a config on its teacher's network."""
-    objective, family = config.objective, teacher.family
     sampler, grid = _drawn(teacher, config)
-    check_fed(objective.needs.scales, _guidance(teacher, config), embedded=family.embedded)
-    built = build(
-        teacher.net,
-        config.kinds(),
-        lora_targets=family.lora_targets,
-        dtype=getattr(torch, config.train.dtype),
-        checkpointing=config.train.checkpointing,
-        storage=KEEPINGS.get(config.teacher.storage),
-        seed=config.train.seed,
-    )
-    if (backend := ATTENTION[config.train.attention]) != "native":
-        attend(built.values(), backend)
-    roles = gather(built, config.phases, family.call) | weighting_role(objective.needs.roles)
-    if "heads" in objective.needs.roles:
-        roles |= pixels_role(objective.needs.heads, partial(family.decode, teacher.pipe), getattr(teacher.pipe, "vae", None))
-        roles["heads"] = heads_role(roles, objective.needs.heads, config.train.seed)
-    return Study(config, teacher, roles, sampler, grid)
+    check_fed(config.objective.needs.scales, _guidance(teacher, config), embedded=teacher.family.embedded)
+    return Study(config, teacher, roles_of(config, teacher), sampler, grid)
 
 
 def _deployed(teacher: Teacher, config: Config) -> Teacher:
@@ -187,9 +174,9 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
         if runs_on_cpu(part.train) and part.teacher.storage == "host":
             raise ValueError("teacher.storage: host is for a GPU to fetch weights from host memory; on the CPU leave it away")
     check_folder(config, folder, resume)
-    *earlier, last = stages_of(config, folder)
-    for stage in (*(part for part in earlier if not part.finished), last):
-        _train_stage(config, stage, folder, resume=resume)
+    for stage in stages_of(config, folder):
+        if not stage.finished:
+            _train_stage(config, stage, folder, resume=resume)
     return Run(folder)
 
 
@@ -213,13 +200,14 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
         cache=default_cache(),
         progress=True,
     )
+    learned = identity.content(source, stage.place if resume else None)
     study.encoded(painting=accelerator.is_main_process)
     if accelerator.is_main_process:
         store(whole, folder)
-    identity = {"grid": list(study.grid), "sampler": study.sampler}
+    known = {"grid": list(study.grid), "sampler": study.sampler, "data": learned}
     preview = study.preview(study.teacher.resized(source.first(8)), stage.folder / "grids")
     fit(
-        Job(config.objective, study.roles, study.nets, source, stage.settings, stage.folder, identity, preview),
+        Job(config.objective, study.roles, study.nets, source, stage.settings, stage.folder, known, preview),
         resume=resume,
         accelerator=accelerator,
     )
@@ -230,7 +218,7 @@ class Run:
 
     The student of a run of stages is the last stage's, its teacher the one on the path."""
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = Path(folder)
         self.config, self.last = find(self.folder)
 
@@ -254,14 +242,15 @@ class Run:
         return study
 
     def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
-        """The student's pictures uint8 (n, h, w, 3)."""
-        return self.study.draw_student(self.study.teacher.encode(prompts), steps or self.config.objective.steps, seed, bar)
+        """The student's pictures uint8 (n, h, w, 3), in the steps it was trained for if none are given."""
+        count = wanted_steps(steps, self.config.objective.steps)
+        return self.study.draw_student(self.study.teacher.encode(prompts), count, seed, bar)
 
     def sample_teacher(self, prompts: Sequence[str], steps: int = 50, seed: int = 0, bar: str = "") -> np.ndarray:
         """The guided teacher's pictures from the same noise."""
-        return self.study.draw_teacher(self.study.teacher.encode(prompts), steps, seed, bar)
+        return self.study.draw_teacher(self.study.teacher.encode(prompts), wanted_steps(steps, 50), seed, bar)
 
-    def export(self, to: Path | str, *, form: str | None = None, layout: str | None = None) -> Path:
+    def export(self, to: Place, *, form: str | None = None, layout: str | None = None) -> Path:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
         from fewstep.export import export
 
@@ -286,8 +275,19 @@ class Run:
             record=record,
         )
 
+    def verify(self, export: Place | None = None) -> Report:
+        """Proves an export of this run; if none is named, the one that this makes in its folder. See `fewstep.verify`."""
+        return verify(export or self.export(self.folder / "export"))
 
-def distill(*, teacher: str, objective: Part, data: Part, steps: int = 4, out: str = "runs/distilled", **settings: Any) -> Run:
+    def evaluate(self, protocol: str, steps: Sequence[int] = (), *, fresh: bool = False, teacher: bool = True) -> dict[str, Any]:
+        """Scores the run, writes results.json and returns what is in it; see `fewstep.judging`."""
+        judging = import_module("fewstep.judging")  # it draws with runs, and so lies above this file
+        return judging.evaluate(self.folder, protocol, out=None, steps=list(steps), fresh=fresh, teacher=teacher)[0]
+
+
+def distill(
+    *, teacher: Place, objective: Part, data: Part | Path, steps: int = 4, out: Place = "runs/distilled", **settings: Any
+) -> Run:
     """Distils a teacher in one call. `data` is a source of prompts, or of images where the objective needs them, or that part of
     a config; `settings` are further parts (student=..., critic=..., train=...)."""
     from fewstep.objectives import objectives
@@ -295,6 +295,6 @@ def distill(*, teacher: str, objective: Part, data: Part, steps: int = 4, out: s
     chosen = {"name": objective} if isinstance(objective, str) else dict(objective)
     kind = objectives().get(chosen["name"])
     source = "images" if kind is not None and kind().needs.images else "prompts"
-    found = {source: data} if isinstance(data, str) else dict(data)
-    tree = {"teacher": {"path": teacher}, "objective": stepped(chosen, steps), "data": found, **settings}
+    found = {source: str(data)} if isinstance(data, (str, Path)) else dict(data)
+    tree = {"teacher": {"path": str(teacher)}, "objective": stepped(chosen, steps), "data": found, **settings}
     return train(parse(tree), Path(out))

@@ -94,7 +94,7 @@ def snippet(facts: dict[str, Any], name: str) -> str:
         return f"{head}sys.path.insert(0, folder)\nimport {module}\n\npipe = {module}.load(folder{path})\n{run}"
     if facts["form"] == "full":
         head = "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        return f"{head}{place}pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)\n{run}"
+        return f"{head}{place}pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)\n{run}"
     scheduler, lora, net = facts["scheduler"], facts["lora"], f"pipe.{facts['components'][0]}"
     kind = "DiffusionPipeline" if facts["pipeline"] == facts["base_pipeline"] else facts["pipeline"]
     loads = f"pipe.load_lora_weights(folder, weight_name={lora['file']!r})\n"
@@ -106,7 +106,7 @@ def snippet(facts: dict[str, Any], name: str) -> str:
     head += "from peft import PeftModel\n" if lora["reader"] == "peft" else ""
     return (
         f"{head}\n{place}"
-        f"pipe = {kind}.from_pretrained({str(base)!r}, torch_dtype=torch.float32)\n{loads}"
+        f"pipe = {kind}.from_pretrained({str(base)!r}, dtype=torch.float32)\n{loads}"
         f'pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")\n{run}'
     )
 

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep import origin
+
 FORMAT = 1
 
 
@@ -31,7 +33,8 @@ def save(folder: Path, round_: int, files: Mapping[str, Mapping[str, Tensor]], s
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
         _flush(file)
         sizes[file.name] = file.stat().st_size
-    record = {"format": FORMAT, "round": round_, "files": sizes, **state}
+    made_by = {"versions": origin.versions(), "git": origin.git_hash()}
+    record = {"format": FORMAT, "round": round_, "files": sizes, **made_by, **state}
     (scratch / "state.json").write_text(json.dumps(record, indent=2) + "\n")
     _flush(scratch / "state.json")
     _flush(scratch)

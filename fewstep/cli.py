@@ -5,21 +5,36 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
+from fewstep import __version__
+
 app = typer.Typer(
     name="fewstep",
-    help="Distils a multi-step diffusion or flow model into a generator that needs 1 to 4 steps.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+COUNTS = "N[,N...]"
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in train.rounds=100.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False
+) -> None:
+    """Distils a multi-step diffusion or flow model into a generator that needs 1 to 4 steps."""
+    if version:
+        typer.echo(f"fewstep {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def say(data: Any, as_json: bool, lines: list[str]) -> None:
@@ -47,7 +62,8 @@ def list_(
 
     entries = listing(what)
     width = max((len(e["name"]) for e in entries), default=0)
-    say(entries, as_json, [f"{e['name']:<{width}}  {e['about']}" for e in entries])
+    lines = [f"{e['name']:<{width}}  {e['about']}" for e in entries]
+    say(entries, as_json, lines or ["there is no folder configs here; a checkout of fewstep has one"])
 
 
 @app.command()
@@ -77,43 +93,60 @@ def plan(config: Path, set_: Set = None, as_json: Json = False) -> None:
 def train(
     config: Path,
     set_: Set = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; if not given, runs/<config name>, or the run whose config it is.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
 ) -> None:
     """Trains a config."""
     from fewstep import api
     from fewstep.config import load
 
-    folder = out or Path("runs") / config.stem
+    folder = out or _own_folder(config)
+    stored = folder / "config.yaml"
     try:
-        run = api.train(load(config, set_ or ()), folder, resume=resume)
+        wanted = load(config, set_ or ())
+        before = api.Run(folder).last.place if resume and stored.exists() else None
+        run = api.train(wanted, folder, resume=resume)
     except KeyboardInterrupt:
-        stored = folder / "config.yaml"
-        again = (
-            f"fewstep train {stored} --out {folder} --resume" if stored.exists() else "the same command, for nothing was begun"
-        )
-        typer.echo(f"stopped; to go on: {again}")
+        begun = stored.exists()
+        again = f"fewstep train {quote(str(stored))} --out {quote(str(folder))} --resume"
+        typer.echo(f"stopped; to go on: {again if begun else 'the same command, for nothing was begun'}")
         raise typer.Exit(130) from None
     if int(os.environ.get("RANK", "0")) == 0:
-        after = f"sample {folder} --prompt '...'", f"export {folder} --to OUT", f"eval {folder} --protocol sprites"
-        typer.echo(f"trained: {run.place}\nnext: " + " | ".join(f"fewstep {x}" for x in after))
+        place, zoo = quote(str(folder)), wanted.teacher.path.startswith("zoo:")
+        protocol = "--protocol sprites" if zoo else "--reference FOLDER --prompts FILE"
+        after = f"sample {place} --prompt '...'", f"export {place} --to OUT", f"eval {place} {protocol}"
+        said = "trained" if run.place != before else "trained already (a higher train.rounds goes on)"
+        typer.echo(f"{said}: {run.place}\nnext: " + " | ".join(f"fewstep {x}" for x in after))
+
+
+def _own_folder(config: Path) -> Path:
+    """Where a run goes if nobody says: what a run has stored into its own folder, else into runs/<config name>."""
+    traces = ("checkpoints", "metrics.jsonl", "stage-1")
+    own = config.name == "config.yaml" and any((config.parent / trace).exists() for trace in traces)
+    return config.parent if own else Path("runs") / config.stem
 
 
 @app.command()
 def sample(
     target: Path,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="A file of prompts (.txt, .jsonl, .csv) or zoo:sprites.")] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="Step counts; the trained one if not given.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be given several times.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file of prompts (.txt, .jsonl, .csv) or zoo:sprites.")
+    ] = None,
+    steps: Annotated[
+        list[str] | None, typer.Option(metavar=COUNTS, help="Step counts, as in 1,2,4; the trained one if not given.")
+    ] = None,
     compare_teacher: Annotated[bool, typer.Option("--compare-teacher", help="Draw the teacher's pictures beside them.")] = False,
-    seed: int = 0,
-    count: Annotated[int | None, typer.Option(help="At most so many prompts of the file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    count: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of the file.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Draws pictures with the student of a run, or of an export: a folder of PNGs with a manifest, and one grid."""
     from fewstep.drawing import draw
 
-    where = draw(target, list(prompt or ()), prompts, steps or [], compare_teacher, seed, count, out)
+    where = draw(target, list(prompt or ()), prompts, _counts(steps), compare_teacher, seed, count, out)
     typer.echo(f"pictures: {where}")
 
 
@@ -131,7 +164,7 @@ def export(
     from fewstep.api import Run
 
     place = Run(run).export(to, form=weights, layout=format_)
-    typer.echo(f"exported: {place}\nnext: fewstep verify {place}")
+    typer.echo(f"exported: {place}\nnext: fewstep verify {quote(str(place))}")
 
 
 @app.command()
@@ -181,31 +214,60 @@ def push(
 @app.command("eval")
 def eval_(
     target: Path,
-    protocol: Annotated[str, typer.Option(help="The name of a protocol in eval/protocols, or a YAML file.")],
-    out: Annotated[Path | None, typer.Option(help="JSON file; results.json in the target if not given.")] = None,
-    steps: Annotated[
-        list[int] | None, typer.Option(help="Student step counts; 1, 2, 4 and the trained one if not given.")
+    protocol: Annotated[
+        str, typer.Option(help="inception (beside your own images), sprites, sprites-quick, or a YAML file.")
+    ] = "inception",
+    reference: Annotated[str | None, typer.Option(metavar="FOLDER", help="Images to compare with, over the protocol's.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What to draw: .txt, .jsonl, .csv, or a folder of captioned images.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the teacher again instead of reading its card.")] = False,
+    n: Annotated[int | None, typer.Option("--n", min=8, help="How many pictures are judged.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Cut the reference images to squares of this side.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file; if not given, results.json in a run or export, else ./NAME.results.json.")
+    ] = None,
+    steps: Annotated[
+        list[str] | None,
+        typer.Option(metavar=COUNTS, help="Student step counts, as in 1,4; 1, 2, 4 and the trained one if not given."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Judge the teacher again instead of reading its card.")] = False,
     teacher: Annotated[bool, typer.Option(help="Rows of the teacher beside the student's.")] = True,
 ) -> None:
     """Scores a run, an export, a pipeline folder or a folder of images; writes results.json."""
     from fewstep.judging import evaluate, table
 
-    results, where = evaluate(target, protocol, out=out, steps=steps or [], fresh=fresh, teacher=teacher)
+    given = {k: v for k, v in {"reference": reference, "prompts": prompts, "n": n, "size": size}.items() if v is not None}
+    results, where = evaluate(target, protocol, out=out, steps=_counts(steps), fresh=fresh, teacher=teacher, given=given)
     typer.echo(table(results) + f"\nwritten: {where}")
 
 
 @app.command()
-def report(runs: list[Path], out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html")) -> None:
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
     """One self-contained page: curves, grids, metric table, quality against steps."""
     from fewstep.judging import report_runs
 
     typer.echo(f"written: {report_runs(runs, out)}")
 
 
+def _counts(given: list[str] | None) -> list[int]:
+    """Step counts, several of them apart or with commas between. Raises ValueError for what is none."""
+    words = [word.strip() for text in given or () for word in text.split(",")]
+    for word in words:
+        if not (word.isascii() and word.isdecimal() and int(word) >= 1):
+            raise ValueError(f"--steps wants counts of at least 1, as in --steps 1,2,4, not {word!r}")
+    return [int(word) for word in words]
+
+
+def _on_one_line(message: Warning | str, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    return f"fewstep: {' '.join(str(message).split())}\n"
+
+
 def main() -> None:
-    """Runs the command; a user's mistake is one sentence and exit code 2, ours a traceback and 1."""
+    """Runs the command; a user's mistake is one sentence and exit code 2, ours a traceback and 1. A warning is one line."""
+    warnings.formatwarning = _on_one_line
     if "-h" in sys.argv[1:]:
         sys.argv[sys.argv.index("-h")] = "--help"
     if not sys.stderr.isatty():
@@ -217,7 +279,9 @@ def main() -> None:
     except Exception as error:
         click_error = type(error).__module__.startswith(("click", "typer"))
         if click_error and hasattr(error, "format_message"):
-            print(f"fewstep: {error.format_message()}", file=sys.stderr)
+            said = error.format_message()
+            several = "unexpected extra argument" in said and "--steps" in sys.argv
+            print(f"fewstep: {said}{'; several counts are --steps 1,2,4' if several else ''}", file=sys.stderr)
             sys.exit(2)
         if isinstance(error, ValueError | OSError) and not os.environ.get("FEWSTEP_TRACEBACK"):
             print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from fewstep.embedders import END
 from fewstep.networks import Full, Lora, expert_names
 from fewstep.objectives import Objective
-from fewstep.plain import check_keys, check_objective, first_fault, made, name_of, override, staged, told
+from fewstep.plain import (
+    check_finite,
+    check_keys,
+    check_objective,
+    first_fault,
+    flat,
+    made,
+    name_of,
+    override,
+    read,
+    staged,
+    told,
+)
 from fewstep.trainer import Settings
 
 
@@ -28,7 +41,7 @@ class TeacherConfig(_Strict):
     or stage-N: who teaches is the student of the stage before or of that one, as it is, not guided any further; students are
     held against the path's teacher all the same. storage: how the frozen network's matrices are kept, which adapters learn on."""
 
-    path: str
+    path: Annotated[str, AfterValidator(os.path.expanduser)]
     guidance: float | None = None
     size: tuple[int, ...] | None = None
     net: str = "original"
@@ -46,8 +59,8 @@ class WeightsConfig(_Strict):
     """How a role is trained: adapters on the shared frozen base, or a full copy."""
 
     weights: Literal["lora", "full"] = "lora"
-    rank: int = 32
-    alpha: float | None = None
+    rank: int = Field(default=32, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
 
     def kind(self) -> Full | Lora:
         return Full() if self.weights == "full" else Lora(self.rank, self.alpha)
@@ -138,15 +151,7 @@ class Config(_Strict):
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file with `a.b=c` overrides. Raises ValueError, in a sentence, for whatever is wrong with it."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"there is no config at {file}; `fewstep list configs` names those that ship")
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{file} holds no settings; configs/ has complete examples")
+    tree = read(Path(path))
     for text in overrides:
         override(tree, text)
     return parse(tree)
@@ -184,6 +189,7 @@ def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
         config = Config.model_validate(dict(tree))
     except ValidationError as error:
         raise ValueError(first_fault(error)) from error
+    check_finite(config.model_dump())
     if (config.data.prompts is None) == (config.data.images is None):
         raise ValueError("data needs exactly one of prompts and images, as in data: {prompts: zoo:sprites}")
     if config.data.pairs and config.data.images is not None:
@@ -285,14 +291,8 @@ def _inputs(config: Config) -> tuple[str, ...]:
 
 def differences(old: Config, new: Config, free: Sequence[str] = ()) -> list[str]:
     """Dotted names of settings in which two configs differ, but for the `free` ones."""
-    a, b = (_flat(c.model_dump(mode="json")) for c in (old, new))
+    a, b = (flat(c.model_dump(mode="json")) for c in (old, new))
     return sorted(k for k in {*a, *b} if a.get(k) != b.get(k) and k not in free)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
 
 
 ATTENTION = {"sdpa": "native", "xformers": "xformers", "flash": "flash"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import typer
 
 from fewstep import api
 from fewstep.config import parse
-from fewstep.judging import evaluate, report_runs, table
+from fewstep.judging import check_files, evaluate, report_runs, table
 from fewstep.verify import verify
 
+PROTOCOL = "sprites-quick"
 # Sized for two CPU cores and eight minutes.
 CONFIG = {
     "teacher": {"path": "zoo:sprites-sd", "guidance": 3.0},
@@ -25,22 +28,29 @@ CONFIG = {
 
 
 def run(out: Path) -> None:
-    """Distils, exports, verifies, evaluates and reports into `out`; goes on where an earlier demo was stopped."""
+    """Distils, exports, verifies, evaluates and reports into `out`; goes on where an earlier demo was stopped.
+
+    Raises ValueError, before anything is trained, where one of these would go over what an earlier demo did not make."""
     began = time.time()
     torch.set_num_threads(1)  # networks this small lose more to waiting threads on a busy machine than a second one gains
-    folder = out / "run"
+    folder, numbers, page, export = out / "run", out / "results.json", out / "report.html", out / "export"
+    check_files(PROTOCOL, [numbers, folder / "results.json"], page)
+    if export.exists() and not (export / "fewstep.json").is_file() and (not export.is_dir() or any(export.iterdir())):
+        raise ValueError(f"{export} is there and is no export; name another folder with --out")
     config = parse(CONFIG)
     typer.echo(f"1/4 distilling {config.teacher.path} with {config.objective.steps}-step dmd on this CPU")
     done = api.train(config, folder, resume=(folder / "config.yaml").exists())
     typer.echo("2/4 scoring teacher and student")
-    found, _ = evaluate(folder, "sprites-quick", out=out / "results.json", steps=[1, 2, 4], fresh=False, teacher=True)
-    (folder / "results.json").write_text((out / "results.json").read_text())
+    found, written = evaluate(folder, PROTOCOL, out=folder / "results.json", steps=[1, 2, 4], fresh=False, teacher=True)
+    part = numbers.with_name(f"{numbers.name}.{os.getpid()}.tmp")
+    shutil.copyfile(written, part)
+    os.replace(part, numbers)
     typer.echo(table(found))
     typer.echo("3/4 exporting for stock Diffusers, and proving it in a fresh process")
-    export = done.export(out / "export")
+    done.export(export)
     proof = verify(export)
     if not proof.ok:
         raise RuntimeError(f"the export does not verify: {proof}")
     typer.echo("4/4 writing the report")
-    page = report_runs([folder], out / "report.html")
-    typer.echo(f"done in {time.time() - began:.0f} s\n  report   {page}\n  numbers  {out / 'results.json'}\n  export   {export}")
+    report_runs([folder], page)
+    typer.echo(f"done in {time.time() - began:.0f} s\n  report   {page}\n  numbers  {numbers}\n  export   {export}")

@@ -99,6 +99,10 @@ def seen_times(
             probe(**call)
         except (ValueError, ArithmeticError, IndexError) as error:
             said = str(error).splitlines()[0]
+            if "height" in said:
+                raise ValueError(
+                    f"teacher.size {list(setting.size)} is none that {pipeline.__name__} draws at ({said})"
+                ) from error
             raise ValueError(
                 f"{type(scheduler).__name__} cannot make {steps} steps ({said}); choose another step count"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from fewstep.api import Run
 from fewstep.data import read_prompts
-from fewstep.evaluation.images import save_folder
+from fewstep.evaluation.images import MANIFEST, save_folder
 from fewstep.exported import Exported, is_export
 
 
@@ -17,14 +18,19 @@ def draw(
     target: Path, given: list[str], source: str | None, steps: list[int], compare: bool, seed: int, count: int | None, out: Path
 ) -> Path:
     """Draws the student (and teacher) of a run, or an export, for the prompts; returns the folder with grid.png and one folder of
-    PNGs a row.
+    PNGs a row, whose pictures take the place of an earlier call's.
 
     Raises ValueError where there is no prompt, the folder holds other files, or an export is to be compared with its teacher."""
+    if str(target).startswith("zoo:"):
+        raise ValueError(
+            f"{target} is a teacher, and students are drawn: `fewstep sample RUN --compare-teacher` draws a run's beside it"
+        )
     prompts = given + (read_prompts(source)[:count] if source else [])
     if not prompts:
         raise ValueError("nothing to draw; give --prompt TEXT or --prompts FILE")
     if out.exists() and any(out.iterdir()) and not (out / "grid.png").exists():
         raise ValueError(f"{out} holds other files; name an empty folder with --out")
+    stale = earlier(out)
     rows = {}
     student: Run | Exported
     if is_export(target):
@@ -41,10 +47,28 @@ def draw(
             rows["teacher-50"] = student.sample_teacher(prompts, 50, seed, bar="teacher, 50 steps")
     for n in steps or [own]:
         rows[f"student-{n}"] = student.sample(prompts, n, seed, bar=f"student, {n} steps")
+    for file in stale:
+        file.unlink(missing_ok=True)
+        if not any(file.parent.iterdir()):
+            file.parent.rmdir()
     for name, images in rows.items():
         save_folder(out / name, images, prompts=prompts, seeds=[seed] * len(prompts))
     Image.fromarray(grid([images[:16] for images in rows.values()])).save(out / "grid.png")
     return out / "grid.png"
+
+
+def earlier(out: Path) -> list[Path]:
+    """What an earlier call has left in a folder: the pictures that its manifests list, and those. Raises ValueError for a
+    manifest that is damaged."""
+    found: list[Path] = []
+    for manifest in sorted(out.glob(f"[st]*-*/{MANIFEST}")):
+        try:
+            names = [json.loads(line)["file"] for line in manifest.read_text("utf-8").splitlines()]
+            found += [manifest.parent / Path(name).name for name in names]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{manifest} is damaged, so nobody can say which pictures are old; name another --out") from error
+        found.append(manifest)
+    return found
 
 
 def grid(rows: list[np.ndarray], gap: int = 2) -> np.ndarray:

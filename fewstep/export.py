@@ -7,19 +7,21 @@ import hashlib
 import inspect
 import json
 import shutil
-import subprocess
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep import __version__, card, embedders, lorafiles, loraformat, mixture, proof
+from fewstep import __version__, card, embedders, lorafiles, loraformat, mixture, origin, proof, swap
 from fewstep.adapters import Teacher, load_teacher, teacher_folder
 from fewstep.denoiser import Denoiser
 from fewstep.experts import PhasedExperts, along, apart, by_component
@@ -28,6 +30,7 @@ from fewstep.sampling import STEPS, sample
 from fewstep.slim import body
 
 FACTS, REFERENCE = "fewstep.json", "reference.safetensors"
+RESULTS = "results*.json"  # what `fewstep eval` measured of an export, written into it
 LORA_FILE = mixture.LORA_FILE
 ENDS_FILE, TOLD = "end_embedder.safetensors", "told.py"  # of a student that is told the end of its jump, and what tells it
 COUNTS = (1, 2, 4)  # what an export documents and proves, besides the count it was trained for
@@ -66,17 +69,14 @@ def export(
     told = isinstance(kind, Full) and embedders.END in kind.inputs
     if told and phases > 1:
         raise ValueError("no pipeline tells several experts the end of their jump; export a student of one network")
-    _restore(to)
+    swap.restore(to)
     refuse_foreign(to)
     teacher = _pristine(teacher)
     times = {n: teacher.grid(n, sampler) for n in sorted({steps} if told and steps == 1 else {*counts, steps})}
     students, scheduler = [_student(teacher, kind, own) for own in apart(weights, phases)], teacher.scheduler(sampler)
     takes = embedders.inputs(students[0].net)
     scale = guidance if embedders.GUIDANCE in takes and embedders.stock_guidance(students[0].net) else None
-    part = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with swap.written(to) as part:
         folded = [loraformat.fold(own, kind.scale) for own in apart(weights, phases)] if isinstance(kind, Lora) else []
         if names is not None:
             files = lorafiles.files(names, phases, teacher.components)
@@ -101,7 +101,6 @@ def export(
             facts |= {"runs_by": TOLD, "ends": _write_ends(teacher, students[0].net, part / ENDS_FILE)}
         if facts["runs_by"]:
             shutil.copyfile(Path(__file__).with_name(facts["runs_by"]), part / facts["runs_by"])
-        (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
         def deployed(grid: tuple[float, ...]) -> Denoiser:
             one = teacher.denoiser(students[0], guidance, grid)
@@ -111,16 +110,48 @@ def export(
 
         _write_reference(teacher, deployed, sampler, times, part / REFERENCE)
         (part / "README.md").write_text(card.write(teacher, facts, to.name), "utf-8")
-        _swap(part, to)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        facts["files"] = sorted({FACTS, *swap.files_of(part)})
+        (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        _keep_results(to, part)
     return to
 
 
 def refuse_foreign(to: Path) -> None:
-    """Raises ValueError if a folder holds anything but an earlier export."""
+    """Raises ValueError if a folder holds anything but an earlier export and what was measured of it."""
     if to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / FACTS).exists())):
         raise ValueError(f"{to} holds something that is not a fewstep export; choose another folder, nothing was changed")
+    if not (found := swap.files_of(to)):
+        return
+    try:
+        listed = json.loads((to / FACTS).read_text("utf-8"))["files"]
+        foreign = sorted(file for file in found.difference(listed) if not fnmatch(file, RESULTS))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the {FACTS} in {to} does not list the export's files, so that others cannot be told from them; "
+            "remove that folder, or choose another one, nothing was changed"
+        ) from error
+    if foreign:
+        more = f" and {len(foreign) - 1} more files" if foreign[1:] else ""
+        raise ValueError(
+            f"{to} holds {foreign[0]}{more} beside the export there; take that out, or choose another folder, nothing was changed"
+        )
+
+
+def _keep_results(old: Path, new: Path) -> None:
+    """What was measured of the old export goes along where the new one draws the same: where their reference pictures agree."""
+    if not (measured := sorted(old.glob(RESULTS))):
+        return
+    try:
+        before, now = (load_file(folder / REFERENCE) for folder in (old, new))
+        same = before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in now)
+    except (OSError, SafetensorError):
+        same = False
+    for file in measured:
+        if same:
+            shutil.copyfile(file, new / file.name)
+        else:
+            said = f"{file} was measured of what lay there before and is dropped; `fewstep eval {old}` measures it anew"
+            warnings.warn(said, stacklevel=3)
 
 
 def _pristine(teacher: Teacher) -> Teacher:
@@ -199,7 +230,7 @@ def _facts(
     return {
         "format": proof.FORMAT,
         "fewstep": __version__,
-        "git": _git_hash(),
+        "git": origin.git_hash(),
         "teacher": {"path": path, "model_index_sha256": hashlib.sha256(index.read_bytes()).hexdigest() if index else None},
         "base_pipeline": type(teacher.pipe).__name__,
         "pipeline": family.deployed or type(teacher.pipe).__name__,
@@ -216,15 +247,6 @@ def _facts(
         "call": call,
         "record": record,
     }
-
-
-def _git_hash() -> str | None:
-    """The commit of fewstep's own checkout, or None where it was installed from a wheel."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() if asked.returncode == 0 else None
 
 
 class _Draws:
@@ -267,22 +289,3 @@ def _write_reference(
     tensors["latents"] = teacher.family.pack(noise).contiguous()
     notes = {"ask": json.dumps(teacher.family.ask(teacher.pipe, prompts)), "seed": str(SEED), "stride": str(stride)}
     save_file(tensors, to, metadata=notes)
-
-
-def _old(to: Path) -> Path:
-    return to.with_name(f".{to.name}.old")
-
-
-def _swap(part: Path, to: Path) -> None:
-    """Puts the finished folder in its place by renaming: what lies there is always whole."""
-    shutil.rmtree(_old(to), ignore_errors=True)
-    if to.exists():
-        to.rename(_old(to))
-    part.rename(to)
-    shutil.rmtree(_old(to), ignore_errors=True)
-
-
-def _restore(to: Path) -> None:
-    """Undoes a `_swap` that was killed between its two renames."""
-    if _old(to).exists() and not to.exists():
-        _old(to).rename(to)

@@ -23,6 +23,14 @@ def is_export(folder: Path) -> bool:
     return (folder / "fewstep.json").is_file()
 
 
+def wanted_steps(steps: int | None, trained: int) -> int:
+    """The step count to draw in: the trained one where none is given. Raises ValueError below 1."""
+    count = trained if steps is None else steps
+    if count < 1:
+        raise ValueError(f"nothing can be drawn in {count} steps; give at least 1, or leave --steps away for {trained}")
+    return count
+
+
 class Exported:
     """The pipeline of an export, in float32 on the CPU. Raises ValueError where the folder, or a LoRA's teacher, is not whole."""
 
@@ -44,7 +52,7 @@ class Exported:
     def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3), of a video its middle frame, from the noise that its run would draw them
         from. Raises ValueError for a step count in which it does not draw."""
-        steps = steps or self.facts["steps"]
+        steps = wanted_steps(steps, self.facts["steps"])
         if self.counts == (1,) and steps > 1:
             raise ValueError(f"{self.folder} draws in one step alone, not in {steps}; leave --steps away")
         family, parts = family_of(self.facts["base_pipeline"]), []

@@ -15,16 +15,19 @@ def teacher_folder(path: str) -> Path | None:
     if path.startswith("zoo:"):
         from fewstep.zoo import folder
 
-        return folder(path.removeprefix("zoo:"))
-    place = Path(path)
+        place = folder(path.removeprefix("zoo:"))
+    else:
+        place = Path(path).expanduser()
     if not place.exists():
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        # Where the first part is a folder here, the second is a name in it.
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not place.parent.is_dir():
             return None
         raise ValueError(f"there is no teacher at {path}; give zoo:NAME, a Diffusers folder, or a hub id such as owner/model")
     if not (place / "model_index.json").exists():
-        raise ValueError(
-            f"{path} is not a Diffusers pipeline folder: it has no model_index.json (pipe.save_pretrained writes one)"
+        remedy = (
+            "`fewstep list teachers` names those of the zoo" if path.startswith("zoo:") else "pipe.save_pretrained writes one"
         )
+        raise ValueError(f"{path} is not a Diffusers pipeline folder: it has no model_index.json ({remedy})")
     unsafe = [f for f in place.rglob("*") if f.suffix in PICKLES]
     if unsafe:
         raise ValueError(
@@ -34,11 +37,16 @@ def teacher_folder(path: str) -> Path | None:
 
 
 def exported_guidance(folder: Path) -> float | None:
-    """The scale that the student exported to a folder is fed, 1 for one that needs no guidance; None where no student lies."""
+    """The scale that the student exported to a folder is fed, 1 for one that needs no guidance; None where no student lies.
+
+    Raises ValueError for a damaged record."""
     if not (folder / "fewstep.json").is_file():
         return None
-    scales = json.loads((folder / "fewstep.json").read_text("utf-8")).get("scales")
-    return scales["at"] if scales and not scales["folded"] else 1.0
+    try:
+        scales = json.loads((folder / "fewstep.json").read_text("utf-8")).get("scales")
+        return float(scales["at"]) if scales and not scales["folded"] else 1.0
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'fewstep.json'} is damaged; export the student again") from error
 
 
 def pipeline_name(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,13 @@ def forecast(config: Config) -> dict[str, Any]:
     Tensors alone are counted: an allocator's gaps, a CUDA context and kernels' workspaces come on top, and so do the encoded
     prompts and images, which stay in host memory. Raises ValueError for a teacher that is no folder."""
     mode, data, needs = weightless(), config.data, config.objective.needs
+    prompts = sorted(read_prompts(data.prompts), key=len) if data.prompts is not None else [A_PROMPT] * ENCODED_AT_ONCE
+    if data.images not in (None, "zoo:sprites"):
+        place = Path(data.images).expanduser()
+        if not place.exists() and not glob(str(place), recursive=True):
+            raise ValueError(f"there are no images at {data.images}; give a folder, .tar or .parquet files, or zoo:sprites")
     study = _study(config, mode)
     teacher, ledger = study.teacher, Ledger()
-    known = data.prompts is not None and (data.prompts.startswith("zoo:") or Path(data.prompts).is_file())
-    prompts = sorted(read_prompts(data.prompts or ""), key=len) if known else [A_PROMPT] * ENCODED_AT_ONCE
     with ledger, TrueMasks():
         parts = {name: ledger.hold(tensors) for name, tensors in _resident(study)}
         phases = {"encoding": ledger.highest(lambda: (teacher.encode(prompts[-ENCODED_AT_ONCE:]), study.null))}

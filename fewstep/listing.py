@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fewstep.objectives import Needs
 
 KINDS = ("objectives", "teachers", "configs")
+PLACES = (Path("configs"), Path(__file__).parents[1] / "configs")  # here, or in the checkout that runs; a wheel has none
 
 
 def listing(what: str) -> list[dict[str, Any]]:
@@ -18,7 +19,7 @@ def listing(what: str) -> list[dict[str, Any]]:
     if what == "teachers":
         return _teachers()
     if what == "configs":
-        return _configs(Path("configs"))
+        return next((found for place in PLACES if (found := _configs(place))), [])
     raise ValueError(f"there is no list of {what!r}; there are lists of {', '.join(KINDS)}")
 
 
@@ -50,9 +51,9 @@ def _teachers() -> list[dict[str, Any]]:
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
-    """YAML files in and below ./configs with the first line of their header."""
+    """YAML files in and below a folder with the first line of their header."""
     found = []
     for file in sorted(folder.rglob("*.yaml")):
-        first = file.read_text().splitlines()[0]
+        first = next(iter(file.read_text("utf-8").splitlines()), "")
         found.append({"name": str(file), "about": first.lstrip("# ").strip()})
     return found

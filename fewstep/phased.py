@@ -29,7 +29,7 @@ def load(export: Path | str, base: str | None = None, dtype: torch.dtype = torch
         raise ValueError(
             f"{export} is made of LoRAs of {facts['teacher']['path']}; name that pipeline's folder or hub id as base"
         )
-    pipe = diffusers.DiffusionPipeline.from_pretrained(base if lora else export, torch_dtype=dtype, use_safetensors=True)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base if lora else export, dtype=dtype, use_safetensors=True)
     net = getattr(pipe, facts["components"][0])
     alone = net.forward
     if lora:
@@ -39,7 +39,7 @@ def load(export: Path | str, base: str | None = None, dtype: torch.dtype = torch
             pipe.load_lora_weights(export, weight_name=file, adapter_name=name)
         experts = [_adapter(pipe, name, alone) for name in files]
     else:
-        others = [type(net).from_pretrained(export / folder, torch_dtype=dtype) for folder in list(files.values())[1:]]
+        others = [type(net).from_pretrained(export / folder, dtype=dtype) for folder in list(files.values())[1:]]
         experts = [alone, *(_follower(net, other) for other in others)]
     net.forward = in_turn(alone, experts, facts["experts"]["switches"], facts["experts"]["clock"])
     return pipe

@@ -1,17 +1,48 @@
-"""Configs as plain data: objectives to and from it, overrides, stages merged, unknown keys refused with the nearest known one."""
+"""Configs as plain data: read from a file, objectives to and from it, overrides, stages merged; unknown keys refused with the
+nearest known one, and numbers that are none."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fewstep.hints import hint
+from fewstep.hints import hint, read_yaml
 from fewstep.objectives import Objective, objectives
 from fewstep.objectives.samplers import check_sampler
+
+# What papers and their models are called, less marks, and what makes them here.
+ALIASES = {
+    "lcm": "consistency",
+    "pcm": "consistency, with segments",
+    "hypersd": "tcd, with segments",
+    "tscd": "tcd, with segments",
+    "dmd2": "dmd, or adversarial around it",
+    "sdxllightning": "progressive, or adversarial_distance around it",
+    "lightning": "progressive, or adversarial_distance around it",
+    "rectifiedflow": "reflow",
+    "instaflow": "reflow, and regression in a second stage",
+    "swiftbrush": "vsd",
+    "ladd": "adversarial, with heads: ladd",
+}
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises ValueError where there are none."""
+    if not file.is_file():
+        raise ValueError(f"there is no config at {file}; `fewstep list configs` names those that ship")
+    try:
+        tree = read_yaml(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} holds no settings; configs/ has complete examples")
+    return tree
 
 
 def made(tree: Mapping[str, Any]) -> Objective:
@@ -41,10 +72,11 @@ def check_objective(tree: Any, where: str) -> None:
     known = objectives()
     if not isinstance(tree, Mapping) or "name" not in tree:
         raise ValueError(f"{where} needs a name, as in {where}: {{name: dmd}}; `fewstep list objectives` names them")
-    if tree["name"] not in known:
-        raise ValueError(
-            f"{where}.name: {tree['name']!r} is not known{hint(str(tree['name']), known)}; `fewstep list objectives` names them"
-        )
+    name = tree["name"]
+    if not isinstance(name, str) or name not in known:
+        alias = ALIASES.get("".join(c for c in str(name).lower() if c.isalnum()))
+        said = f"is called {alias}, here" if alias else f"is not known{hint(str(name), known)}"
+        raise ValueError(f"{where}.name: {name!r} {said}; `fewstep list objectives` names them")
     check_keys(tree, ["name", *(f.name for f in dataclasses.fields(known[tree["name"]]))], where)  # type: ignore[arg-type]
     if isinstance(tree.get("steps"), int) and tree["steps"] < 1:
         raise ValueError(f"{where}.steps must be at least 1, not {tree['steps']}")
@@ -69,7 +101,7 @@ def override(tree: dict[str, Any], text: str) -> None:
     if not equals:
         raise ValueError(f"--set wants KEY=VALUE, as in --set train.rounds=100, not {text!r}")
     try:
-        read = yaml.safe_load(value)
+        given = read_yaml(value)
     except yaml.YAMLError as error:
         raise ValueError(f"--set {text}: the value is not YAML; put it in quotes") from error
     path, stages = key.strip().split("."), tree.get("stages") or []
@@ -84,7 +116,7 @@ def override(tree: dict[str, Any], text: str) -> None:
             place = place.setdefault(name, {})
             if not isinstance(place, dict):
                 raise ValueError(f"--set {text}: {name} holds a value, not further settings")
-        place[path[-1]] = read
+        place[path[-1]] = given
 
 
 def staged(tree: Mapping[str, Any], known: Collection[str]) -> list[dict[str, Any]]:
@@ -129,3 +161,18 @@ def check_keys(tree: Any, known: Any, where: str) -> None:
             raise ValueError(
                 f"{where + '.' if where else ''}{key}: unknown option{hint(str(key), known)}; known: {', '.join(known)}"
             )
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings of plain data by their dotted names."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}{name}.").items()}
+
+
+def check_finite(tree: dict[str, Any]) -> None:
+    """Raises ValueError for a number that is nan or infinite, alone or in a list."""
+    for where, value in flat(tree).items():
+        for x in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(x, float) and not math.isfinite(x):
+                raise ValueError(f"{where} must be a finite number, not {x}")

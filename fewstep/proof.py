@@ -20,6 +20,18 @@ from typing import Any
 PIPELINES = ("phased.py", "told.py")  # what runs students that no stock pipeline does; they lie beside this file
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FORMAT = 3  # of fewstep.json
+KINDS: dict[str, Any] = {  # what everything that reads fewstep.json relies on
+    "teacher": dict,
+    "base_pipeline": str,
+    "pipeline": str,
+    "components": list,
+    "runs_by": (str, type(None)),
+    "form": str,
+    "sampler": str,
+    "steps": int,
+    "times": dict,
+    "call": dict,
+}
 PIXELS = 1e-4  # largest difference from the reference, of pixels in [0, 1]
 SAME = 1e-6  # the same where both come from stock Diffusers
 
@@ -100,16 +112,29 @@ def _no_pickles(folder: Path) -> str:
     return ""
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The facts of an export whose files can all be read."""
-    from safetensors import SafetensorError, safe_open
-
+def stated(folder: Path) -> dict[str, Any]:
+    """What fewstep.json says of an export."""
     try:
         facts = json.loads((folder / "fewstep.json").read_text("utf-8"))
     except ValueError as error:
         raise Broken(f"fewstep.json is damaged ({error}); export again") from error
+    if not isinstance(facts, dict):
+        raise Broken("fewstep.json is damaged (it holds no object); export again")
     if facts.get("format") != FORMAT:
-        raise Broken(f"fewstep.json has format {facts.get('format')}, not {FORMAT}; verify it with the fewstep that made it")
+        raise Broken(f"fewstep.json has format {facts.get('format')}, not {FORMAT}; use the fewstep that made it")
+    kinds = KINDS | ({"lora": dict} if facts.get("form") == "lora" else {})
+    wrong = [key for key, kind in kinds.items() if not isinstance(facts.get(key, ...), kind)]
+    wrong += [] if wrong or isinstance(facts["teacher"].get("path"), str) else ["teacher.path"]
+    if wrong:
+        raise Broken(f"fewstep.json is damaged (it does not say {wrong[0]} as it should); export again")
+    return facts
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The facts of an export whose files can all be read."""
+    from safetensors import SafetensorError, safe_open
+
+    facts = stated(folder)
     wanted = ["reference.safetensors", "README.md", "scheduler/scheduler_config.json"]
     experts = [file for file in facts.get("experts", {}).get("files", {}).values() if file]
     wanted += experts or [lora["file"] for lora in (strength.each(facts).values() if facts["form"] == "lora" else ())]
@@ -151,7 +176,7 @@ def load(folder: Path, facts: dict[str, Any], teacher: str) -> Any:
         pipe = beside(Path(facts["runs_by"]).stem).load(folder, *([teacher] if lora else []))
     else:
         kind = getattr(diffusers, facts["pipeline"])
-        pipe = kind.from_pretrained(teacher if lora else folder, torch_dtype=torch.float32)
+        pipe = kind.from_pretrained(teacher if lora else folder, dtype=torch.float32)
     if lora and not facts["runs_by"]:
         strength.attach(pipe, folder, facts)
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from fewstep import proof
 
 FACTS = "fewstep.json"
 # What the hub's client raises: its HTTP library's errors (no net) and the system's (no token, told to be offline).
@@ -56,9 +57,14 @@ def pack(folder: Path | str, hub_id: str) -> Parcel:
     check_id(hub_id)
     if not (folder / FACTS).is_file():
         raise ValueError(f"{folder} is not a fewstep export (it has no {FACTS}); `fewstep export RUN --to DIR` makes one")
-    facts = json.loads((folder / FACTS).read_text("utf-8"))
+    try:
+        facts = proof.stated(folder)
+    except proof.Broken as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if not (folder / "README.md").is_file():
+        raise ValueError(f"{folder} has no README.md, the card that others read; export again")
     parts = {f: f.relative_to(folder) for f in folder.rglob("*") if f.is_file()}
-    files = sorted(part.as_posix() for part in parts.values() if not any(p.startswith(".") for p in part.parts))
+    files = sorted(part.as_posix() for part in parts.values() if not any(p.startswith((".", "__pycache__")) for p in part.parts))
     if pickles := [f for f in files if f.endswith(PICKLES)]:
         raise ValueError(f"{pickles[0]} is a pickle, which can run code, and no part of an export; take it out of {folder}")
     if links := [part for f, part in parts.items() if f.is_symlink()]:

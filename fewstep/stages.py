@@ -22,7 +22,7 @@ from fewstep.trainer import Settings
 # What may change when a run goes on: how long it is and how often it reports.
 RESUMABLE = ("train.rounds", "train.log_every", "train.save_every", "train.preview_every")
 
-APART = 1_000_003  # between the seeds of stages: none sees the noise of another
+APART, SEEDS = 1_000_003, 2**32  # between the seeds of stages: none sees the noise of another; and how many seeds there are
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ class Stage:
 
     @property
     def place(self) -> Path | None:
-        """The newest checkpoint; None before the first."""
-        return checkpoint.latest(self.folder / "checkpoints")
+        """The newest checkpoint; None before the first. Raises ValueError for a folder among them that is none by its name."""
+        place = checkpoint.latest(self.folder / "checkpoints")
+        if place is not None and not place.name.removeprefix("step-").isdigit():
+            raise ValueError(f"{place} is no checkpoint: its name ends in no number of rounds; move it elsewhere")
+        return place
 
     @property
     def finished(self) -> bool:
@@ -47,7 +50,7 @@ class Stage:
     @property
     def settings(self) -> Settings:
         """Of its training; a stage's random draws are its own, those of the first the run's."""
-        return replace(self.config.train, seed=self.config.train.seed + len(self.before) * APART)
+        return replace(self.config.train, seed=(self.config.train.seed + len(self.before) * APART) % SEEDS)
 
     @property
     def tutor(self) -> Stage | None:
@@ -126,41 +129,64 @@ def _found(folder: Path) -> tuple[Config, Stage] | None:
 
 
 def store(config: Config, folder: Path) -> None:
-    """Writes a run's config.yaml. A kill leaves a folder that is empty, or a run."""
+    """Writes a run's config.yaml, which holds wherever it is read. A kill leaves a folder that is empty, or a run."""
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.config.yaml")  # beside it
-    scratch.write_text(config.dump())
+    scratch.write_text(absolute(config).dump())
     os.replace(scratch, folder / "config.yaml")
 
 
+def absolute(config: Config) -> Config:
+    """The config with its local paths, of teachers and of data, as absolute ones; zoo:NAME and hub ids stay."""
+
+    def place(path: str | None) -> str | None:
+        return path if path is None or path.startswith("zoo:") else os.path.abspath(os.path.expanduser(path))
+
+    data = config.data.model_copy(update={"prompts": place(config.data.prompts), "images": place(config.data.images)})
+    path = config.teacher.path
+    teacher = config.teacher.model_copy(update={"path": place(path) if Path(path).exists() else path})  # else a hub id
+    return config.model_copy(
+        update={"teacher": teacher, "data": data, "stages": tuple(absolute(stage) for stage in config.stages)}
+    )
+
+
 def check_folder(config: Config, folder: Path, resume: bool) -> None:
-    """Raises ValueError where a run cannot begin, or not go on, in a folder, before anything is loaded or written."""
+    """Raises ValueError where a run cannot begin, or not go on, in a folder, before anything is loaded or written.
+
+    A run that has no checkpoint yet has not begun: another may take its place."""
     stored = folder / "config.yaml"
-    if stored.exists() and not resume:
-        raise ValueError(f"{folder} already holds a run; add --resume to go on with it, or name another folder with --out")
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file; name a folder with --out")
     if folder.exists() and any(folder.iterdir()) and not stored.exists():
         raise ValueError(f"{folder} holds other files and no run; name an empty folder with --out")
     if resume and not stored.exists():
         raise ValueError(f"there is no run at {folder} to resume; leave --resume away to start one")
-    if resume:
-        _check_same(load(stored), config, folder)
+    if not stored.exists() or not any(checkpoint.latest(part / "checkpoints") for part in (folder, *folder.glob("stage-*"))):
+        return
+    if not resume:
+        raise ValueError(f"{folder} already holds a run; add --resume to go on with it, or name another folder with --out")
+    _check_same(load(stored), config, folder)
 
 
 def _check_same(old: Config, new: Config, folder: Path) -> None:
     """Raises ValueError where a run that goes on would not be the one that was begun, or its checkpoints are damaged.
 
     A stage that has not begun may become another one; one that the next has begun from keeps its rounds."""
-    begun = [stage for stage in stages_of(old, folder) if stage.place is not None] or stages_of(old, folder)[:1]
-    coming = stages_of(new, folder)
+    begun = [stage for stage in stages_of(absolute(old), folder) if stage.place is not None]
+    coming = stages_of(absolute(new), folder)
     for i, stage in enumerate(begun):
         if i >= len(coming) or coming[i].folder != stage.folder:
             raise ValueError(f"the run at {folder} has other stages; resume with its own config.yaml, or name another --out")
         free = RESUMABLE if i == len(begun) - 1 else RESUMABLE[1:]
+        which = f"stages.{i + 1}." if new.stages else ""
         if changed := differences(stage.config, coming[i].config, free):
-            which = f"stages.{i + 1}." if new.stages else ""
             raise ValueError(
                 f"the run at {folder} was made with another {which}{changed[0]}; "
                 "resume with its own config.yaml, or name another --out"
             )
-        if stage.place is not None:
-            checkpoint.inspect(stage.place)
+        assert stage.place is not None
+        done, rounds = checkpoint.inspect(stage.place)["round"], coming[i].config.train.rounds
+        if done > rounds:
+            said = f"the run at {folder} has trained {done} rounds already, more than {which}train.rounds={rounds}"
+            raise ValueError(f"{said}; set that to {done} or more, or name another --out")

@@ -23,7 +23,7 @@ def load(export: Path | str, dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline of an export, whose network is told at each step where its scheduler will go."""
     export = Path(export)
     facts = json.loads((export / "fewstep.json").read_text("utf-8"))
-    pipe = diffusers.DiffusionPipeline.from_pretrained(export, torch_dtype=dtype, use_safetensors=True)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(export, dtype=dtype, use_safetensors=True)
     ends, net = facts["ends"], getattr(pipe, facts["components"][0])
     teller = Teller(pipe, net, load_file(export / ends["file"]), ends["clock"])
     net.register_forward_pre_hook(teller.hear, with_kwargs=True)

@@ -51,11 +51,18 @@ class Settings:
     preview_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "batch", "log_every", "save_every", "preview_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
-        if any(rate is not None and rate <= 0 for rate in (self.lr, self.critic_lr, self.heads_lr)):
-            raise ValueError("train.lr, train.critic_lr and train.heads_lr must be positive")
+        rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+            ("rounds batch log_every save_every preview_every", lambda x: x >= 1, "at least 1"),
+            ("lr critic_lr heads_lr clip", lambda x: x is None or 0 < x < math.inf, "positive and finite"),
+            ("warmup weight_decay", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+            ("betas", lambda x: all(0 <= beta < 1 for beta in x), "two decays in [0, 1)"),
+            ("ema", lambda x: 0 <= x < 1, "a decay in [0, 1)"),
+            ("seed", lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
+        )
+        for names, fits, words in rules:
+            for name in names.split():
+                if not fits(value := getattr(self, name)):
+                    raise ValueError(f"train.{name} must be {words}, not {value}")
 
     def rate(self, player: str, round_: int) -> float:
         """The learning rate of a player in a round; a pure function, so resuming needs no scheduler state."""
@@ -156,10 +163,9 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
     accelerator = accelerator or make_accelerator(settings)
     device = str(accelerator.device)
     needs = job.objective.needs
-    names = ("student", *needs.roles)
     for role in job.roles.values():
         role.net.to(accelerator.device)
-    players = {name: Player(job.roles[name], settings, accelerator, name in needs.restarts) for name in names}
+    players = {name: Player(job.roles[name], settings, accelerator, name in needs.restarts) for name in ("student", *needs.roles)}
     nets = job.nets({**job.roles, **{name: p.module for name, p in players.items()}})
     if accelerator.num_processes > 1:
         nets = replace(nets, everywhere=lambda x: accelerator.reduce(x.detach(), "mean"))
@@ -241,18 +247,16 @@ def _follow(job: Job, averages: Mapping[str, Ema]) -> None:
         set_weights(job.roles["average"], averages["average"].shadow)
 
 
-def _save(
-    job: Job, players: Mapping[str, Player], averages: Mapping[str, Ema], done: int, accelerator: Accelerator
-) -> Path | None:
+def _save(job: Job, players: Mapping[str, Player], averages: Mapping[str, Ema], done: int, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
-        return None
+        return
     files: dict[str, Mapping[str, Tensor]] = {name: average.shadow for name, average in averages.items()}
     for name, player in players.items():
         files[name] = player.role.weights()
         files[f"optimizer-{name}"] = player.optimizer_tensors()
     state = {"roles": list(players), "skipped": {n: float(p.skipped) for n, p in players.items()}, **job.identity}
-    return checkpoint.save(job.folder / "checkpoints", done, files, state)
+    checkpoint.save(job.folder / "checkpoints", done, files, state)
 
 
 def _restore(job: Job, players: Mapping[str, Player], averages: Mapping[str, Ema]) -> int:

@@ -76,5 +76,6 @@ def base_of(folder: Path, given: str | None = None) -> str:
     try:
         place = teacher_folder(path)
     except ValueError as error:
-        raise ValueError(f"{error} (this LoRA's teacher was {recorded}; say where it is now with teacher_path)") from error
+        now = "put it back there, or give `fewstep verify` its place with --teacher (teacher_path in Python)"
+        raise ValueError(f"{error} (this LoRA's teacher was {recorded}; {now})") from error
     return str(place.resolve()) if place else path

@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("pictures"))
     args = parser.parse_args()
     facts = json.loads((args.export / "fewstep.json").read_text())
+    if args.steps is not None and args.steps < 1:
+        raise SystemExit(f"nothing can be drawn in {args.steps} steps; give at least 1, or leave --steps away")
     if args.steps and args.steps > 1 and list(facts["times"]) == ["1"]:
         raise SystemExit(f"{args.export} draws in one step alone, not in {args.steps}; leave --steps away")
     pipe = load(args.export, args.base)

@@ -9,7 +9,7 @@ from fewstep.config import Config, differences, load, parse
 from fewstep.networks import Full, Lora
 from fewstep.objectives import objectives
 from fewstep.objectives.dmd import DMD
-from fewstep.plain import override
+from fewstep.plain import ALIASES, override
 from fewstep.trainer import Settings
 
 
@@ -91,6 +91,67 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(wrong, said):
 )
 def test_a_wrong_value_is_refused_at_its_place(wrong, said):
     assert refusal({**tree(), **wrong}).startswith(said)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train.clip", [-1, 0, NAN, INF, "nan"]),
+        ("train.lr", [-1e-4, 0, NAN, INF, "nan", "inf"]),
+        ("train.critic_lr", [0, NAN]),
+        ("train.heads_lr", [0, INF]),
+        ("train.weight_decay", [-0.1, NAN, INF]),
+        ("train.betas", [[0.9, 1.0], [-0.1, 0.9], [NAN, 0.9]]),
+        ("train.ema", [1, -0.1, NAN]),
+        ("train.warmup", [-1]),
+        ("train.seed", [-1, 2**32]),
+        ("student.alpha", [0, -1, NAN, INF]),
+        ("student.rank", [0, -4]),
+        ("critic.alpha", [0]),
+        ("teacher.guidance", [NAN, INF, -INF, "nan"]),
+        ("objective.low", [NAN]),
+        ("objective.floor", [INF]),
+        ("data.aspect", [NAN, INF]),
+    ],
+)
+def test_a_number_that_trains_nonsense_is_refused_where_the_config_is_read(key, values):
+    part, name = key.split(".")
+    for value in values:
+        found = tree()
+        found[part] = {**found.get(part, {}), name: value}
+        assert name in refusal(found), value
+
+
+def test_no_objective_takes_what_is_not_finite():
+    images = {"student": {"weights": "full"}, "data": {"images": "zoo:sprites"}}
+    for wrong in ("nan", [2.0, INF]):
+        said = refusal(tree(objective={"name": "consistency", "guidance": wrong}, **images))
+        assert "guidance" in said
+    assert refusal(tree(**judged(high="inf"), data={"images": "zoo:sprites"})).startswith("objective")
+    assert refusal(tree(objective={"name": "dmd", "floor": "inf"})) == "objective.floor must be a finite number, not inf"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("DMD", "'DMD' is not known; did you mean dmd?"),
+        ("lcm", "'lcm' is called consistency, here"),
+        ("Hyper-SD", "'Hyper-SD' is called tcd, with segments, here"),
+        ("dmd2", "'dmd2' is called dmd, or adversarial around it, here"),
+        ([1], r"[1] is not known"),
+        (None, "None is not known"),
+    ],
+)
+def test_an_objective_by_its_papers_name_is_told_ours(name, said):
+    assert refusal(tree(objective={"name": name})).startswith(f"objective.name: {said}")
+
+
+def test_every_alias_names_objectives_that_there_are():
+    for words in ALIASES.values():
+        assert words.split(",")[0] in objectives()
 
 
 @pytest.mark.parametrize("data", [{}, {"prompts": "a.txt", "images": "b"}])
@@ -193,6 +254,15 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, content, said):
     with pytest.raises(ValueError, match=said) as error:
         load(file)
     assert "\n" not in str(error.value)
+
+
+def test_a_key_is_given_once(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{yaml.safe_dump(tree())}train:\n  lr: 0.1\n  seed: 1\n  lr: 0.2\n")
+    with pytest.raises(ValueError, match=r"config.yaml is not YAML: key 'lr' is given twice \(line \d+\); keep one"):
+        load(file)
+    file.write_text(f"{yaml.safe_dump(tree())}student: &all {{rank: 4, alpha: 2}}\ncritic: {{<<: *all, alpha: 8}}\n")
+    assert (load(file).student.kind(), load(file).critic.kind()) == (Lora(4, 2.0), Lora(4, 8.0))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"teacher: {path: a\xe9}"])

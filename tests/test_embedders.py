@@ -123,7 +123,11 @@ def test_a_scale_that_is_in_the_weights_is_named_and_is_not_guided_again(teacher
         "Guidance of 2.5 is in these weights, trained at scales from 1 to 6; `guidance_scale=0.0` adds none."
         in (into / "README.md").read_text()
     )
-    assert load_teacher(str(into)).guidance == 1.0
+    again = load_teacher(str(into))
+    assert again.guidance == 1.0
+    (into / "fewstep.json").write_text("[]")
+    with pytest.raises(ValueError, match="fewstep.json is damaged; export the student again"):
+        _ = again.guidance
 
 
 @pytest.mark.parametrize("name, inputs", [("sd", (embedders.END,)), ("sd", BOTH), ("zimage", BOTH), ("ddpm", (embedders.END,))])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, safe_open, save_file
 from tiny import save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
 
-from fewstep import card, loraformat
+from fewstep import card, loraformat, swap
 from fewstep.adapters import Teacher, load_teacher
-from fewstep.export import FACTS, LORA_FILE, _restore, export
+from fewstep.export import FACTS, LORA_FILE, RESULTS, export
 from fewstep.networks import Full, Lora, build
 
 LORA = Lora(rank=4, alpha=12.0)  # scale 3: a reader that gets it wrong is far off
@@ -98,6 +99,7 @@ def test_half_a_lora_is_refused():
 
 def test_what_is_recorded(sd, lora):
     facts = json.loads((lora / FACTS).read_text())
+    assert facts["files"] == sorted(contents(lora))
     assert facts["times"] == {"1": [999.0], "2": [999.0, 499.0], "4": [999.0, 749.0, 499.0, 249.0]}
     assert facts["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64}
     assert facts["record"] == RECORD and facts["form"] == "lora" and facts["teacher"]["path"] == sd.path
@@ -151,6 +153,43 @@ def test_a_foreign_folder_is_left_alone(sd, tmp_path):
     assert contents(tmp_path) == {"thesis/thesis.tex": b"years of work"}
 
 
+@pytest.mark.parametrize("foreign", ["thesis.tex", "scheduler/mine.json", "data/.hidden", "results.json.old"])
+def test_what_lies_in_an_export_and_is_not_of_it_is_never_deleted(sd, lora, tmp_path, foreign):
+    out = Path(shutil.copytree(lora, tmp_path / "out"))
+    (out / foreign).parent.mkdir(exist_ok=True)
+    (out / foreign).write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"holds {foreign} beside the export there; take that out, or choose another folder"):
+        export(sd, LORA, student(sd, LORA), sampler="renoise", steps=4, to=out, record=RECORD)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", "{}", '{"files": 3}', '{"files": [[]]}'])
+def test_an_export_that_does_not_say_what_is_of_it_is_not_replaced(sd, lora, tmp_path, damaged):
+    out = Path(shutil.copytree(lora, tmp_path / "out"))
+    (out / FACTS).write_text(damaged)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="does not list the export's files.*remove that folder, or choose another one"):
+        export(sd, LORA, student(sd, LORA), sampler="renoise", steps=4, to=out, record=RECORD)
+    assert contents(tmp_path) == before
+
+
+def test_what_was_measured_of_an_export_stays_while_it_draws_the_same(sd, tmp_path, recwarn):
+    def export_it(kind: Full | Lora) -> None:
+        export(sd, kind, student(sd, kind), sampler="renoise", steps=4, to=tmp_path / "out", record=RECORD)
+
+    export_it(LORA)
+    (tmp_path / "out" / RESULTS).write_text("{}")
+    (tmp_path / "out" / "__pycache__").mkdir()  # as importing an export's own pipeline leaves it
+    (tmp_path / "out" / "__pycache__" / "told.pyc").write_bytes(b"")
+    export_it(LORA)
+    assert (tmp_path / "out" / RESULTS).read_text() == "{}"
+    assert RESULTS not in json.loads((tmp_path / "out" / FACTS).read_text())["files"]
+    with pytest.warns(UserWarning, match="was measured of what lay there before and is dropped; `fewstep eval"):
+        export_it(Lora(rank=4, alpha=6.0))
+    assert not (tmp_path / "out" / RESULTS).exists()
+
+
 def test_an_export_that_dies_leaves_nothing_or_the_one_before(sd, tmp_path, monkeypatch):
     def export_it() -> Path:
         return export(sd, LORA, student(sd, LORA), sampler="renoise", steps=4, to=tmp_path / "out", record=RECORD)
@@ -169,11 +208,10 @@ def test_an_export_that_dies_leaves_nothing_or_the_one_before(sd, tmp_path, monk
         export_it()
     assert contents(tmp_path) == {f"out/{k}": v for k, v in before.items()}
 
-    (tmp_path / "out" / "mine.txt").write_text("of an earlier export")
     after = contents(export_it())
     assert after.keys() == before.keys()  # replaced as a whole
     (tmp_path / "out").rename(tmp_path / ".out.old")  # as a kill between the two renames leaves it
-    _restore(tmp_path / "out")
+    swap.restore(tmp_path / "out")
     assert contents(tmp_path) == {f"out/{k}": v for k, v in after.items()}
 
 

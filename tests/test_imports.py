@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "stream": set(),
     "progress": set(),
     "hints": set(),
+    "origin": set(),
     #
     "denoiser": MATH,
     #
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     #
     "ema": set(),
     "optimizers": set(),
-    "checkpoint": {"ema"},
+    "checkpoint": {"ema", "origin"},
     "advice": set(),
     "costs": set(),
     "monitor": {"advice", "costs", "progress", "objectives"},
@@ -56,6 +57,7 @@ MAY_IMPORT = {
     "adapters": DENOISER | PARTS | {"families", "folders", "shapes", "deploy", "zoo", "embedders"},
     "weightless": {"families", "folders", "adapters"},
     "storage": set(),
+    "swap": set(),
     "slim": DENOISER | {"experts", "hints"},
     "networks": DENOISER | PARTS | TEACHER | {"embedders", "slim", "storage"},
     "data": DENOISER | PARTS | TEACHER | {"zoo", "progress"},
@@ -69,7 +71,7 @@ MAY_IMPORT = {
     "proof": set(),  # runs where fewstep cannot be imported
     "painting": DENOISER | PARTS | TEACHER | {"progress"},
     "card": DENOISER | PARTS | TEACHER | {"loraformat"},
-    "export": DENOISER | PARTS | SIDE_DOORS | {"embedders", "slim"},
+    "export": DENOISER | PARTS | SIDE_DOORS | {"embedders", "slim", "origin", "swap"},
     "verify": DENOISER | PARTS | SIDE_DOORS,
     "exported": {"proof", "verify", "families", "progress", "stream"},
     # the judge: sees pictures, not how they were trained
@@ -77,27 +79,29 @@ MAY_IMPORT = {
     # the embedded world is free of the framework; the programs that made its teachers are not
     "zoo": DENOISER | PARTS | {"progress"},
     "zoo.teachers": DENOISER | PARTS | {"zoo", "families"},
-    "zoo.build": DENOISER | PARTS | SIDE_DOORS | {"zoo", "zoo.teachers", "evaluation"},
+    "zoo.build": DENOISER | PARTS | SIDE_DOORS | {"zoo", "zoo.teachers", "evaluation", "swap"},
     "pixels": {"denoiser", "evaluation", "heads", "networks"},
     "weighting": {"embedders", "networks"},
     # where all is joined
     "plain": {"objectives", "hints"},
     "config": DENOISER | PARTS | {"objectives", "networks", "trainer", "plain", "embedders", "shapes"},
+    "roles": {"adapters", "config", "experts", "networks", "pixels", "storage", "weighting"},
+    "identity": {"checkpoint", "data"},
     "stages": {"checkpoint", "config", "experts", "loraformat", "networks", "trainer"},
     "api": DENOISER
     | PARTS
     | SIDE_DOORS
     | LOOP
     | {"objectives", "verify", "evaluation", "zoo", "config", "painting", "pixels", "plain", "preview", "stages", "slim"}
-    | {"weighting"},
-    # what the commands do
+    | {"exported", "identity", "roles"},
+    # what the commands do; Run.evaluate, which is below, finds judging by its name when it is asked
     "plan": {"config", "weightless", "api"},
     "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "api"},
     "drawing": {"api", "data", "evaluation", "exported"},
     "judging": {"api", "adapters", "exported", "data", "denoiser", "evaluation", "painting", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),
-    "push": set(),
+    "push": {"proof"},
     "demo": {"api", "config", "judging", "verify"},
     "cli": COMMANDS | {"api", "config", "verify"},
     "__main__": {"cli"},

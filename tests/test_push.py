@@ -8,12 +8,25 @@ import pytest
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 
-from fewstep import cli, push
+from fewstep import cli, proof, push
 from fewstep.push import pack, send
 
 CARD = "---\nlicense: mit\n---\n\n```python\nfolder = 'out'  # where this folder lies, or its hub id\n```\n"
 
 
+FACTS = {  # what all who read fewstep.json rely on
+    "format": proof.FORMAT,
+    "teacher": {"path": "owner/teacher"},
+    "base_pipeline": "StableDiffusionPipeline",
+    "pipeline": "StableDiffusionPipeline",
+    "components": ["unet"],
+    "runs_by": None,
+    "form": "full",
+    "sampler": "ddim",
+    "steps": 4,
+    "times": {},
+    "call": {},
+}
 # so its snippet says where nothing but a folder will do
 OWN = CARD.replace(", or its hub id", "")
 
@@ -53,11 +66,13 @@ def hub(monkeypatch) -> Hub:
 def out(tmp_path) -> Path:
     folder = tmp_path / "out"
     (folder / "scheduler").mkdir(parents=True)
-    (folder / "fewstep.json").write_text(json.dumps({"form": "full", "teacher": {"path": "owner/teacher"}}))
+    (folder / "fewstep.json").write_text(json.dumps(FACTS))
     (folder / "README.md").write_text(CARD)
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "token").write_text("secret")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "told.cpython-311.pyc").write_bytes(b"")
     return folder
 
 
@@ -130,6 +145,8 @@ def link(out: Path) -> None:
         ("four", None, "names no owner"),
         ("me/four/five", None, "write OWNER/NAME"),
         ("me/four", lambda out: (out / "fewstep.json").unlink(), "not a fewstep export"),
+        ("me/four", lambda out: (out / "fewstep.json").write_text("[]"), "out: fewstep.json is damaged"),
+        ("me/four", lambda out: (out / "README.md").unlink(), "has no README.md"),
         ("me/four", add("optimizer.bin"), "is a pickle"),
         ("me/four", link, "link is a link"),
     ],
@@ -162,7 +179,8 @@ def test_a_hub_that_refuses_or_is_not_there_is_a_sentence(hub, out, monkeypatch,
 
 
 def test_what_others_will_miss_is_said(out):
-    (out / "fewstep.json").write_text(json.dumps({"form": "lora", "teacher": {"path": "/home/me/teacher"}}))
+    facts = {**FACTS, "form": "lora", "lora": {}, "teacher": {"path": "/home/me/teacher"}}
+    (out / "fewstep.json").write_text(json.dumps(facts))
     (out / "README.md").write_text(CARD.replace("license: mit\n", ""))
     notes = pack(out, "me/four").notes
     assert len(notes) == 2 and "/home/me/teacher" in notes[0] and "no licence" in notes[1]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from fewstep import api, checkpoint
+import fewstep
+from fewstep import api, checkpoint, judging, proof
 from fewstep.config import load, parse
 from fewstep.networks import Role
 from fewstep.trainer import Player, make_accelerator
 
 ROOT = Path(__file__).parents[1]
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +198,109 @@ def test_a_damaged_checkpoint_stops_a_resume_and_its_remedy_works(setup, tmp_pat
     file.parent.rmdir()
     api.train(setup(rounds=2, save_every=1), run, resume=True)
     assert weights_of(run) == whole
+
+
+def test_a_run_goes_on_with_its_own_data_alone(setup, data, tmp_path):
+    run, prompts = tmp_path / "run", Path(data["dmd"]["prompts"])
+    api.train(setup(rounds=1), run)
+    before, text = contents(run), prompts.read_text()
+    for other in (text + "a triangle\n", "".join(sorted(text.splitlines(True))[::-1])):  # one more, and other places
+        prompts.write_text(other)
+        try:
+            with pytest.raises(
+                ValueError, match="the data have changed since .*step-0000001 was written; put back what they were"
+            ):
+                api.train(setup(rounds=2), run, resume=True)
+        finally:
+            prompts.write_text(text)
+        assert contents(run) == before
+    api.train(setup(rounds=2), run, resume=True)
+    place = checkpoint.latest(run / "checkpoints")
+    state = json.loads((place / "state.json").read_text())
+    del state["data"]  # as runs from before it was kept
+    (place / "state.json").write_text(json.dumps(state))
+    assert api.train(setup(rounds=3), run, resume=True).place.name == "step-0000003"
+
+
+@pytest.mark.parametrize("name", ["0.txt", "0.png"])
+def test_captions_and_pictures_are_data_too(setup, data, tmp_path, name):
+    run, file = tmp_path / "run", Path(data["consistency"]["images"]) / name
+    api.train(setup("consistency", rounds=1), run)
+    before, other = file.read_bytes(), file.with_stem("1").read_bytes()
+    file.write_bytes(other)
+    try:
+        with pytest.raises(ValueError, match="the data have changed"):
+            api.train(setup("consistency", rounds=2), run, resume=True)
+    finally:
+        file.write_bytes(before)
+    api.train(setup("consistency", rounds=2), run, resume=True)
+
+
+def test_a_checkpoint_says_what_wrote_it(setup, tmp_path):
+    state = json.loads((api.train(setup(rounds=1), tmp_path / "run").place / "state.json").read_text())
+    assert state["versions"].keys() == {"fewstep", "torch", "diffusers"}
+    assert torch.__version__.startswith(state["versions"]["torch"])
+    asked = subprocess.run(["git", "-C", ROOT, "cat-file", "-t", str(state["git"])], capture_output=True, text=True)
+    assert asked.stdout.strip() == "commit" if (ROOT / ".git").exists() else state["git"] is None
+
+
+@pytest.mark.parametrize("backend", ["xformers", "flash"])
+def test_an_attention_that_is_not_here_is_refused_before_anything_is_written(setup, tmp_path, backend):
+    if util.find_spec({"xformers": "xformers", "flash": "flash_attn"}[backend]):
+        pytest.skip(f"{backend} is here")
+    with pytest.raises(ValueError, match=f"train.attention: {backend} does not work here .*; sdpa always does"):
+        api.train(setup(rounds=1, attention=backend), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_in_bfloat16_a_run_trains_goes_on_and_is_exported(setup, tmp_path, device):
+    chosen = {"dtype": "bfloat16", "device": device, "save_every": 1}
+    api.train(setup(rounds=1, **chosen), tmp_path / "run")
+    run = api.train(setup(rounds=3, **chosen), tmp_path / "run", resume=True)
+    files, state = checkpoint.load(run.place)
+    assert state["skipped"] == {"student": 0.0, "critic": 0.0}
+    assert {v.dtype for v in files["ema"].values()} == {torch.float32}
+    assert any(v.abs().max() > 0 for k, v in files["ema"].items() if "lora_B" in k)
+    out = run.export(tmp_path / "out")
+    assert not [c for c in proof.prove(out, run.config.teacher.path, tmp_path) if not c["ok"]]
+    assert run.sample(["a star"]).shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_are_not_the_trained_ones(setup, tmp_path, steps):
+    run = api.train(setup(rounds=1), tmp_path / "run")
+    for sample in (run.sample, run.sample_teacher):
+        with pytest.raises(ValueError, match=f"nothing can be drawn in {steps} steps; give at least 1"):
+            sample(["a star"], steps=steps)
+
+
+def test_the_python_api_goes_from_a_teacher_to_a_proof(setup, teacher, data, tmp_path, monkeypatch):
+    """`setup` is here for its cache."""
+    asked = []
+    monkeypatch.setattr(judging, "evaluate", lambda *given, **named: (asked.append((given, named)), ({"rows": []}, Path()))[1])
+    run = fewstep.distill(
+        teacher=Path(teacher),
+        objective={"name": "dmd", "critic_turns": 1},
+        data=Path(data["dmd"]["prompts"]),
+        steps=2,
+        out=tmp_path / "run",
+        student={"weights": "lora", "rank": 2},
+        critic={"weights": "lora", "rank": 2},
+        train={"rounds": 1, "batch": 1, "device": "cpu"},
+    )
+    assert isinstance(run, fewstep.Run) and run.config.objective.steps == 2
+    assert run.config.data.prompts == data["dmd"]["prompts"]
+    report = run.verify()
+    assert report.ok and (tmp_path / "run/export/fewstep.json").exists(), str(report)
+    assert run.evaluate("sprites-quick", [2], teacher=False) == {"rows": []}
+    assert asked == [((run.folder, "sprites-quick"), {"out": None, "steps": [2], "fresh": False, "teacher": False})]
+
+
+def test_distilling_with_an_objective_of_images_takes_them(monkeypatch):
+    monkeypatch.setattr(api, "train", lambda config, folder: config)
+    config = fewstep.distill(teacher="zoo:sprites-sd", objective="consistency", data="zoo:sprites", steps=2)
+    assert (config.data.images, config.data.prompts, config.objective.steps) == ("zoo:sprites", None, 2)
 
 
 def test_ctrl_c_in_a_terminal_says_how_to_go_on(setup, tmp_path):

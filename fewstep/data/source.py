@@ -41,7 +41,7 @@ class Drawn(NamedTuple):
 @dataclass(frozen=True)
 class Source:
     """Rows to learn from, on the CPU: conditions (N), latents (N, C, *S) or None; shape (C, *S) of one sample; where the
-    latents are the teacher's own samples, the noise (N, C, *S) of each."""
+    latents are the teacher's own samples, the noise (N, C, *S) of each; where they are of images, the hash of those."""
 
     cond: Cond
     null: Cond
@@ -49,6 +49,7 @@ class Source:
     prompts: list[str]
     shape: tuple[int, ...]
     noise: Tensor | None = None
+    pictures: str = ""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -126,14 +127,14 @@ def open_source(
 
     def of_one_shape(teacher: Teacher, rows: Sequence[int]) -> Source:
         words = teacher.resized(cond if len(rows) == len(texts) else cond[torch.tensor(rows)])
-        said, latents, noise = [texts[i] for i in rows], None, None
+        said, latents, noise, seen = [texts[i] for i in rows], None, None, ""
         if pairs is not None:
             noise, latents = make_pairs(teacher, pairs, said, words, cache, progress)
         elif pictures is not None and images_needed:
             part = pictures.part(rows)
             known = made_by | {"kind": "latents", "images": part.digest, "resolution": list(teacher.resolution)}
-            latents = cached(cache, known, partial(_to_latents, teacher, part, batch, progress))["latents"]
-        return Source(words, null, latents, said, teacher.latent_shape, noise)
+            latents, seen = cached(cache, known, partial(_to_latents, teacher, part, batch, progress))["latents"], part.digest
+        return Source(words, null, latents, said, teacher.latent_shape, noise, seen)
 
     sources = tuple(of_one_shape(teacher, rows) for teacher, rows in zip(teachers, shares, strict=True) if rows)
     return sources[0] if len(sources) == 1 else Buckets(sources)

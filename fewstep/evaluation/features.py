@@ -16,6 +16,8 @@ import torch
 
 from fewstep.evaluation.images import check
 
+INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+
 
 @contextmanager
 def exact(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
@@ -153,13 +155,16 @@ def inception_features(
 ) -> Extractor:
     """Pool3 features (2048) of the 2015 Inception graph with its TF1 resize to 299, as torch-fidelity ports it.
 
-    random: seeded random weights, for tests of the plumbing alone. Raises ValueError without a weights file: it is never fetched.
+    weights: a file, or None for where torch-fidelity keeps it. random: seeded random weights, for tests of the plumbing alone.
+    Raises ValueError without a weights file: it is never fetched.
     """
     if weights is None and not random:
-        raise ValueError(
-            "Inception needs its weights file: fetch weights-inception-2015-12-05-6726825d.pth from the torch-fidelity releases"
-            " and name it, as in inception:/path/to/weights.pth"
-        )
+        weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rpartition("/")[2]
+        if not weights.is_file():
+            raise ValueError(
+                f"Inception features need their weights file: put {INCEPTION} into {weights.parent}, or name it, as in"
+                " extractor: inception:/path/to/weights.pth"
+            )
     if weights is not None and not Path(weights).is_file():
         raise ValueError(f"there is no Inception weights file {weights}; correct the path")
     try:
@@ -199,13 +204,13 @@ def _state(file: Path) -> dict[str, torch.Tensor]:
 
 
 def resolve(name: str, *, device: str | None = None, batch: int = 64) -> Extractor:
-    """The extractor that a protocol names: zoo:NAME, open_clip:FOLDER, open_clip:ARCHITECTURE:WEIGHTS or inception:WEIGHTS."""
+    """The extractor that a protocol names: zoo:NAME, open_clip:FOLDER, open_clip:ARCHITECTURE:WEIGHTS or inception[:WEIGHTS]."""
     kind, _, rest = name.partition(":")
     if kind in ("zoo", "open_clip") and rest:
         return open_clip_features(*clip_source(name), device=device, batch=batch)
     if kind == "inception":
         return inception_features(rest or None, device=device, batch=batch)
-    raise ValueError(f"{name!r} names no extractor; use zoo:sprites-clip, open_clip:ViT-B-32:WEIGHTS or inception:WEIGHTS")
+    raise ValueError(f"{name!r} names no extractor; use zoo:sprites-clip, open_clip:ViT-B-32:WEIGHTS or inception")
 
 
 def clip_source(name: str) -> tuple[str, str | None]:

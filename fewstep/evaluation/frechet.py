@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +109,20 @@ class Moments:
         extractor: the id in use; ValueError if the file was made with another. A file that does not say gets 'unknown'
         and a warning.
         """
-        if Path(path).suffix != ".npz" or not Path(path).is_file():
+        if not Path(path).is_file():
+            raise ValueError(f"there are no reference moments at {path}; correct the path, or name a folder of images instead")
+        if Path(path).suffix != ".npz":
             raise ValueError(
                 f"{path} is no .npz file; reference moments are an .npz with mu and sigma (a pickle is never opened)"
             )
+        damaged = f"{path} is damaged; make it again with np.savez(..., mu=mean, sigma=covariance), or name the folder of images"
+        if not zipfile.is_zipfile(path):
+            raise ValueError(damaged)
         try:
             with np.load(path, allow_pickle=False) as file:
                 data = {key: file[key] for key in file.files if key in ("mu", "sigma", "n", "extractor", "source_sha256")}
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+            raise ValueError(damaged) from error
         except ValueError as error:
             raise ValueError(
                 f"{path} holds pickled objects, which are never opened; save mu and sigma as plain arrays"

@@ -16,6 +16,8 @@ from PIL import Image
 MANIFEST = "manifest.jsonl"
 _LOSSY = {".jpg", ".jpeg", ".webp"}
 _SUFFIXES = {".png"} | _LOSSY
+_OTHER = {".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2"}
+BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -59,31 +61,44 @@ def digests(images: np.ndarray) -> np.ndarray:
     return np.frombuffer(b"".join(raw), "<u8")
 
 
-def read_image(file: Path) -> np.ndarray:
+def read_image(file: Path, size: int | None = None) -> np.ndarray:
     """Pixels (H, W, 3) uint8 of one file; grey is repeated to three channels, an opaque alpha dropped, EXIF rotation ignored.
 
-    Raises ValueError for transparency and for more than eight bits a channel.
+    With a size, read and cut to that square as training does. Raises ValueError for what is no image, and, without a size, for
+    transparency and for more than eight bits a channel.
     """
-    with Image.open(file) as opened:
-        picture: Image.Image = opened
-        if picture.mode == "P":
-            picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
-        if picture.mode in ("RGBA", "LA"):
-            if np.asarray(picture)[..., -1].min() < 255:
-                raise ValueError(f"{file} is transparent; composite it on a background of your choice and save it as RGB")
-            picture = picture.convert("RGB")
-        if picture.mode not in ("RGB", "L", "1"):
-            raise ValueError(f"{file} has the mode {picture.mode!r}; save it as 8-bit RGB")
-        return np.asarray(picture.convert("RGB"))
+    from fewstep.data.pictures import DAMAGE, decode, fit
+
+    try:
+        if size is not None:
+            return fit(decode(file.read_bytes()), (size, size))
+        with Image.open(file) as opened:
+            picture: Image.Image = opened.copy()
+    except DAMAGE as error:
+        raise ValueError(f"{file} cannot be read as an image ({error}); save it again as PNG, or remove it") from error
+    if picture.mode == "P":
+        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+    if picture.mode in ("RGBA", "LA"):
+        if np.asarray(picture)[..., -1].min() < 255:
+            raise ValueError(f"{file} is transparent; composite it on a background of your choice and save it as RGB")
+        picture = picture.convert("RGB")
+    if picture.mode not in ("RGB", "L", "1"):
+        raise ValueError(f"{file} has the mode {picture.mode!r}; save it as 8-bit RGB")
+    return np.asarray(picture.convert("RGB"))
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The image files of a folder, sorted by name; warns about lossy ones, raises ValueError if there are none."""
+    """The image files of a folder, sorted by name; warns about lossy and unread ones, raises ValueError if there are none."""
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}; give a folder of PNG files")
-    files = sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in _SUFFIXES)
+    every = sorted(Path(folder).iterdir())
+    files = [f for f in every if f.suffix.lower() in _SUFFIXES]
+    other = [f.name for f in every if f.suffix.lower() in _OTHER]
+    unread = f"{len(other)} files of {folder} are no PNG, JPEG or WebP ({other[0]})" if other else ""
     if not files:
-        raise ValueError(f"{folder} holds no images; expected PNG files")
+        raise ValueError(f"{unread}; save them as PNG" if unread else f"{folder} holds no images; expected PNG files")
+    if unread:
+        warnings.warn(f"{unread} and are left out; save them as PNG to have them judged", stacklevel=2)
     lossy = [f.name for f in files if f.suffix.lower() in _LOSSY]
     if lossy:
         warnings.warn(
@@ -92,17 +107,24 @@ def list_images(folder: str | Path) -> list[Path]:
     return files
 
 
-def stream(folder: str | Path, batch: int = 256) -> Iterator[np.ndarray]:
-    """Batches (<=batch, H, W, 3) uint8 of a folder in file order. Raises ValueError on mixed sizes."""
-    files, shape = list_images(folder), None
-    for start in range(0, len(files), batch):
+def stream(folder: str | Path, size: int | None = None) -> Iterator[np.ndarray]:
+    """Batches (<=BATCH, H, W, 3) uint8 of a folder in file order, cut to squares of a size if one is given.
+
+    Raises ValueError on mixed sizes."""
+    yield from _batches(list_images(folder), size)
+
+
+def _batches(files: Sequence[Path], size: int | None = None) -> Iterator[np.ndarray]:
+    shape = None
+    for start in range(0, len(files), BATCH):
         pictures = []
-        for file in files[start : start + batch]:
-            pixels = read_image(file)
+        for file in files[start : start + BATCH]:
+            pixels = read_image(file, size)
             shape = shape or pixels.shape
             if pixels.shape != shape:
                 raise ValueError(
                     f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, {files[0].name} {shape[1]}x{shape[0]}; resize them alike"
+                    " (references: a protocol's size, as in size: 512, cuts them)"
                 )
             pictures.append(pixels)
         yield np.stack(pictures)
@@ -110,7 +132,8 @@ def stream(folder: str | Path, batch: int = 256) -> Iterator[np.ndarray]:
 
 def load_folder(folder: str | Path) -> ImageFolder:
     """A folder of images with its manifest, paired by file name. Raises ValueError if the manifest misses a file."""
-    files = [f.name for f in list_images(folder)]
+    paths = list_images(folder)
+    files = [f.name for f in paths]
     manifest = Path(folder) / MANIFEST
     prompts = seeds = None
     if manifest.exists():
@@ -128,7 +151,7 @@ def load_folder(folder: str | Path) -> ImageFolder:
         if absent:
             raise ValueError(f"{manifest} lists {absent[0]}, which is gone ({len(absent)} files in all); sample the folder again")
         prompts, seeds = [records[f][0] for f in files], [records[f][1] for f in files]
-    return ImageFolder(np.concatenate(list(stream(folder))), files, prompts, seeds)
+    return ImageFolder(np.concatenate(list(_batches(paths))), files, prompts, seeds)
 
 
 def save_folder(
@@ -142,7 +165,9 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{start + i:06d}.png" for i in range(len(images))]
     with (folder / MANIFEST).open("a" if start else "w", encoding="utf-8") as manifest:
-        for file, image, prompt, seed in zip(files, images, prompts, seeds, strict=True):
+        for i, (file, image, prompt, seed) in enumerate(zip(files, images, prompts, seeds, strict=True), start):
             Image.fromarray(image).save(file)
-            manifest.write(json.dumps({"file": file.name, "prompt": prompt, "seed": int(seed)}, ensure_ascii=False) + "\n")
+            manifest.write(
+                json.dumps({"file": file.name, "prompt": prompt, "seed": int(seed), "index": i}, ensure_ascii=False) + "\n"
+            )
     return files

@@ -18,7 +18,7 @@ def quality(rows: Sequence[Mapping[str, Any]], floor: float | None = None) -> by
     """Frechet distance (log) against steps, one line a model; a dashed floor where known. None if no row has both."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        if row.get("fd", 0) > 0:
+        if row.get("fd", 0) > 0 and "steps" in row:
             lines.setdefault(row.get("name") or row["model"], []).append((row["steps"], row["fd"]))
     if not lines:
         return None

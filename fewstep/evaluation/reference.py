@@ -12,7 +12,8 @@ import numpy as np
 
 from fewstep.evaluation.features import Extractor
 from fewstep.evaluation.frechet import Moments
-from fewstep.evaluation.images import digests, stream
+from fewstep.evaluation.images import BATCH, digests, stream
+from fewstep.progress import track
 
 ZOO = "zoo:sprites"
 
@@ -52,23 +53,34 @@ def extract(images: np.ndarray, extractor: Extractor) -> tuple[np.ndarray, np.nd
 
 
 @lru_cache(maxsize=4)
-def load_reference(source: str, *, n: int, seed: int, extractor: Extractor, cache: str | None = None, key: str = "") -> Reference:
+def load_reference(
+    source: str,
+    *,
+    n: int,
+    seed: int,
+    extractor: Extractor,
+    size: int | None = None,
+    cache: str | None = None,
+    key: str = "",
+) -> Reference:
     """The reference of a protocol: 'zoo:sprites' (n drawings from a seed), a folder (all of it) or an .npz of moments.
 
-    cache: a folder that keeps features and moments between processes, in files named by `key`. Cached ones of another extractor
-    or of other pictures are computed anew. Raises ValueError for an .npz of another extractor.
+    size: the square that a folder's images are cut to. cache: a folder that keeps features and moments between processes, in
+    files named by `key`; cached ones of another extractor or of other pictures are computed anew. Raises ValueError for an .npz
+    of another extractor.
     """
     if source.endswith(".npz"):
         return Reference(Moments.load(source, extractor=extractor.id), None, None)
     if source != ZOO and not Path(source).is_dir():
         raise ValueError(f"the reference {source!r} is neither {ZOO}, nor a folder of images, nor an .npz of moments")
-    batches = partial(stream, source) if source != ZOO else lambda: [reference_images(source, n, seed)]
+    batches = partial(stream, source, size) if source != ZOO else lambda: [reference_images(source, n, seed)]
     hashes = np.concatenate([digests(batch) for batch in batches()])
     source_sha = hashlib.sha256(hashes.tobytes()).hexdigest()
     kept = Path(cache) / f"reference-{key}.safetensors" if cache else None
     features = _kept(kept, extractor.id, source_sha) if kept else None
     if features is None:
-        features = np.concatenate([extract(batch, extractor)[0] for batch in batches()])
+        told = track(batches(), f"features of {source}", len(hashes), each=BATCH, active=source != ZOO)
+        features = np.concatenate([extract(batch, extractor)[0] for batch in told])
         if kept:
             _keep(kept, features, extractor.id, source_sha)
     moments = Moments.of(features, extractor=extractor.id, source=source_sha)

@@ -12,11 +12,12 @@ from typing import Any
 
 from fewstep import __version__
 from fewstep.evaluation import plots
+from fewstep.evaluation.results import SAME
 
 # key: (heading, decimals, +1 if more is better, -1 if less is, 0 if neither)
 _COLUMNS = {
     "fd": ("FD ↓", 3, -1),
-    "kid": ("KID ×10³ ↓", 2, -1),
+    "kid": ("KID ↓", 4, -1),
     "precision": ("precision ↑", 3, 1),
     "recall": ("recall ↑", 3, 1),
     "density": ("density", 3, 0),  # above 1 is not better: samples crowd the modes
@@ -29,6 +30,7 @@ _COLUMNS = {
     "n": ("n", 0, 0),
 }
 _ROW_NAMES = {"model", "steps", "name", "kid_stderr"}
+_MARK = "Written by fewstep"  # in the footer
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -43,14 +45,17 @@ def write_report(
     """Writes the page: a table and a quality-versus-steps plot a protocol, grids, training curves; returns its path.
 
     results: what `results.read` gives, one or more; curves: name to records of a metrics.jsonl. Rows of unlike protocols get
-    tables of their own. Without matplotlib the plots are left out. Raises ValueError for a grid that is no PNG file.
+    tables of their own. Without matplotlib the plots are left out. Raises ValueError for a grid that is no PNG file, and as
+    `check_page` does.
     """
+    path = Path(path)
+    check_page(path)
     from jinja2 import Environment, StrictUndefined
 
     can_plot = importlib.util.find_spec("matplotlib") is not None
     by_protocol: dict[tuple, list[Mapping[str, Any]]] = {}
     for one in results:
-        by_protocol.setdefault((one["protocol"]["hash"], one["protocol"].get("extractor_id")), []).append(one)
+        by_protocol.setdefault(tuple(one["protocol"].get(key) for key in SAME), []).append(one)
     # select_autoescape goes by file name: prompts and run names reach this page, so it is on without asking
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(
         (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
@@ -62,10 +67,9 @@ def write_report(
         losses=_embed(plots.losses(curves)) if curves and can_plot else None,
         runs=", ".join(curves or ()),
         plots=can_plot,
-        version=__version__,
+        mark=f"{_MARK} {__version__}",
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     part.write_text(text, encoding="utf-8")
@@ -73,12 +77,20 @@ def write_report(
     return path
 
 
+def check_page(path: Path) -> None:
+    """Raises ValueError where a page would go over what is no report of ours."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the page with --out, as in {path / 'report.html'}")
+    if path.exists() and _MARK.encode() not in path.read_bytes():
+        raise ValueError(f"{path} is there and is no report of fewstep; name another place with --out")
+
+
 def _table(group: list[Mapping[str, Any]], can_plot: bool) -> dict[str, Any]:
     protocol = group[0]["protocol"]
     rows: list[Mapping[str, Any]] = []
     for one in group:
         rows += [row for row in one["rows"] if row not in rows]
-    rows.sort(key=lambda r: (r["model"] != "teacher", str(r.get("name", "")), r["steps"]))
+    rows.sort(key=lambda r: (r["model"] != "teacher", str(r.get("name", "")), r.get("steps", 0)))
     known = [k for k in _COLUMNS if any(k in r for r in rows)]
     other = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in _COLUMNS and k not in _ROW_NAMES]
     keys = known + other
@@ -87,8 +99,7 @@ def _table(group: list[Mapping[str, Any]], can_plot: bool) -> dict[str, Any]:
         {
             "model": row["model"],
             "label": " ".join(filter(None, [row["model"], row.get("name")]))
-            + f", {row['steps']} step"
-            + "s" * (row["steps"] != 1),
+            + (f", {row['steps']} step" + "s" * (row["steps"] != 1) if "steps" in row else ""),
             "cells": [
                 {"text": _text(k, row), "best": row["model"] == "student" and k in row and row[k] == best.get(k)} for k in keys
             ],
@@ -115,8 +126,8 @@ def _text(key: str, row: Mapping[str, Any]) -> str:
     if value is None:
         return "–"
     if key == "kid":
-        error = f" ± {1000 * row['kid_stderr']:.2f}" if "kid_stderr" in row else ""
-        return f"{1000 * value:.2f}{error}"
+        error = f" ± {row['kid_stderr']:.2g}" if "kid_stderr" in row else ""
+        return f"{value:.4g}{error}"  # of one extractor thousands, of another thousandths
     if isinstance(value, float):
         return f"{value:.{_COLUMNS[key][1]}f}" if key in _COLUMNS else f"{value:.4g}"
     return str(value)

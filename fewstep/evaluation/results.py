@@ -7,8 +7,9 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 
 # What must agree before two rows may stand in one table.
-_SAME = ("hash", "extractor_id", "clip_id", "reference_sha256", "prompts_sha256")
+SAME = ("hash", "extractor_id", "clip_id", "reference_sha256", "prompts_sha256")
+PARTIAL = ".partial.json"  # of results that are still being measured
+MODELS = ("teacher", "student", "images")
 
 
 def environment() -> dict[str, Any]:
@@ -65,6 +68,53 @@ def write(path: str | Path, results: dict) -> None:
         part.unlink(missing_ok=True)
 
 
+def place_in(folder: Path, name: str, protocol: Mapping[str, Any]) -> Path:
+    """Where results of a protocol go: NAME.json, or NAME.PROTOCOL.json where that one holds those of another."""
+    plain = folder / f"{name}.json"
+    old = _held(plain)
+    if old is None or old["protocol"]["hash"] == protocol["hash"]:
+        return plain
+    other = re.sub(r"[^\w.-]+", "-", str(protocol["name"]))
+    return folder / f"{name}.{other}.json"
+
+
+def places_in(folder: Path, name: str = "results") -> list[Path]:
+    """The files of results that lie in a folder: NAME.json, and NAME.PROTOCOL.json of further protocols."""
+    further = sorted(f for f in folder.glob(f"{name}.*.json") if not f.name.endswith(PARTIAL))
+    return [f for f in (folder / f"{name}.json", *further) if f.is_file()]
+
+
+def check_place(path: Path, protocol: Mapping[str, Any], target: str | None = None) -> None:
+    """Raises ValueError where results of a protocol, and of a target if that is named, cannot be written, or would go over
+    others, or over what holds no results."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file with --out, as in {path / 'results.json'}")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path} cannot be written, for {above} is a file; name another place with --out")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{path} cannot be written, for {above} is not yours to write in; name another place with --out")
+    if not path.exists():
+        return
+    old = _held(path)
+    if old is None:
+        raise ValueError(f"{path} is there and is no results file of fewstep; name another place with --out")
+    if old["protocol"]["hash"] != protocol["hash"]:
+        name, mark = old["protocol"].get("name"), old["protocol"]["hash"]
+        raise ValueError(f"{path} holds results of another protocol, {name!r} ({mark}); name another place with --out")
+    of = old["environment"].get("target")
+    if target and of and Path(of).absolute() != Path(target).absolute():
+        raise ValueError(f"{path} holds results of another target, {of}; name another place with --out")
+
+
+def _held(path: Path) -> dict[str, Any] | None:
+    """The results that a file holds, or None."""
+    try:
+        return read(path)
+    except ValueError:
+        return None
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """What `write` wrote. Raises ValueError for a file that is not of that form."""
     try:
@@ -82,7 +132,7 @@ def merge(first: dict, *others: dict) -> dict[str, Any]:
     """
     rows = list(first["rows"])
     for other in others:
-        for key in _SAME:
+        for key in SAME:
             a, b = first["protocol"].get(key), other["protocol"].get(key)
             if a != b:
                 raise ValueError(
@@ -98,9 +148,16 @@ def _check(results: Any, where: str) -> None:
         raise ValueError(f"{where}: results hold rows, protocol and environment, and nothing else")
     if not isinstance(results["protocol"], dict) or not results["protocol"].get("hash"):
         raise ValueError(f"{where}: the protocol has no hash; take the entry from fewstep.evaluation.protocol.describe")
+    if not isinstance(results["rows"], list) or not all(isinstance(row, dict) for row in results["rows"]):
+        raise ValueError(f"{where}: rows are a list of mappings")
+    if not isinstance(results["environment"], dict):
+        raise ValueError(f"{where}: environment is a mapping")
     for number, row in enumerate(results["rows"]):
-        if row.get("model") not in ("teacher", "student") or not isinstance(row.get("steps"), int):
-            raise ValueError(f"{where}, row {number}: model must be teacher or student and steps a whole number, not {row}")
+        unknown = row.get("model") == "images" and "steps" not in row  # a folder of images need not say how it was drawn
+        if row.get("model") not in MODELS or not (unknown or isinstance(row.get("steps"), int)):
+            raise ValueError(
+                f"{where}, row {number}: model must be teacher, student or images, and steps a whole number, not {row}"
+            )
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{where}, row {number}: {key} is {value}; leave out what could not be measured")

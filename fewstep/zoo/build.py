@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewstep import swap
 from fewstep.zoo import HERE, teachers
 from fewstep.zoo import clip as clips
 from fewstep.zoo import vae as vaes
@@ -29,6 +30,7 @@ CLIP_STEPS, CLIP_BATCH = 1000, 256
 TEACHER_STEPS = {"sprites-sd": 12000, "sprites-flow": 11000}
 TEACHER_BATCH, TEACHER_LR = 64, 2e-3
 TEXT_STEPS, TEXT_BATCH = 800, 128
+CARD = ("README.md", "card.json", "results.json")  # eval/zoo_cards.py writes them
 
 
 def pool(work: Path) -> np.ndarray:
@@ -68,7 +70,9 @@ def latents(work: Path, vae, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
     if not file.exists():
         images = pool(work)
         parts = [vaes.encode(vae, images[i : i + 2000]) for i in range(0, len(images), 2000)]
-        save_file({"mean": torch.cat([p[0] for p in parts]), "std": torch.cat([p[1] for p in parts])}, file)
+        scratch = file.with_suffix(".tmp")
+        save_file({"mean": torch.cat([p[0] for p in parts]), "std": torch.cat([p[1] for p in parts])}, scratch)
+        os.replace(scratch, file)
     stored = load_file(file)
     return stored["mean"], stored["std"]
 
@@ -101,11 +105,16 @@ def build_teacher(name: str, work: Path):
 
 
 def ship(pipe, name: str) -> None:
-    """Writes a pipeline to the package as float16 safetensors."""
+    """Writes a pipeline to the package as float16 safetensors. What was measured of the one before, its card, stays beside it."""
     target = HERE / name
-    shutil.rmtree(target, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(target, safe_serialization=True)
-    pipe.to(torch.float32)
+    swap.restore(target)
+    with swap.written(target) as part:
+        pipe.to(torch.float16).save_pretrained(part, safe_serialization=True)
+        pipe.to(torch.float32)
+        for file in CARD:
+            if (target / file).exists():
+                shutil.copyfile(target / file, part / file)
+    print(f"{name} is shipped; `python eval/zoo_cards.py {name}` measures its card anew", flush=True)
 
 
 STAGES = ["sprites-clip", *teachers.TEACHERS, "ship"]
@@ -126,7 +135,8 @@ def main() -> None:
         texts = (pool_captions(), pool_captions(texture=True))
         model = clips.train_clip(args.work / "clip", steps=CLIP_STEPS, batch=CLIP_BATCH, images=pool(args.work), captions=texts)
         if "ship" in args.stages:
-            clips.save(model, HERE / "sprites-clip")
+            with swap.written(HERE / "sprites-clip") as part:
+                clips.save(model, part)
     for name in teachers.TEACHERS:
         if name in args.stages:
             pipe = build_teacher(name, args.work)

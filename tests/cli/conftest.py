@@ -1,6 +1,7 @@
 """The command line on a tiny teacher: a run of two rounds, and what a command says and leaves."""
 
 import sys
+import warnings
 
 import diffusers
 import pytest
@@ -47,6 +48,7 @@ def command(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TQDM_DISABLE", "1")  # `main` sets it; here it must not outlive the test
     monkeypatch.setattr(api.Preview, "__call__", lambda *_: None)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `main` sets it
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

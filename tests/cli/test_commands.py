@@ -4,14 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
-from terminal import Result, is_refusal, settings
+from terminal import Result, contents, is_refusal, settings
 
-from fewstep import api, cli
+from fewstep import __version__, api, cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,10 +23,67 @@ def test_a_run_from_the_command_line(command, trained, tmp_path):
     assert "train: 1/1" in done.err and "\r" not in done.err
     done = command("train", trained[0], "--out", "run", "--resume")
     assert done.code == 0 and "step-0000002" in done.out
-    done = command("sample", "run", "--prompt", "a star", "--prompt", "a cross", "--steps", "1", "--steps", "2", "--out", "drawn")
+    done = command(
+        "sample", "run", "--prompt", "a star", "--prompt", "a cross", "--steps", "1,2", "--steps", "4", "--out", "drawn"
+    )
     assert done.code == 0, done.err
-    assert Image.open(tmp_path / "drawn/grid.png").size == (2 * 64 + 2, 2 * 64 + 2)
-    assert sorted(f.name for f in (tmp_path / "drawn").iterdir()) == ["grid.png", "student-1", "student-2"]
+    assert Image.open(tmp_path / "drawn/grid.png").size == (2 * 64 + 2, 3 * 64 + 4)
+    assert sorted(f.name for f in (tmp_path / "drawn").iterdir()) == ["grid.png", "student-1", "student-2", "student-4"]
+
+
+def test_pictures_of_an_earlier_call_are_gone_and_nothing_else_is(command, trained, tmp_path):
+    words = ("--prompt", "a star", "--prompt", "a cross")
+    assert command("sample", trained[1], *words, "--steps", "1,2", "--out", "drawn").code == 0
+    (tmp_path / "drawn/student-2/mine.txt").write_text("a note")
+    assert command("sample", trained[1], *words[:2], "--steps", "1", "--out", "drawn").code == 0
+    left = {str(f.relative_to(tmp_path / "drawn")) for f in (tmp_path / "drawn").rglob("*") if f.is_file()}
+    assert left == {"grid.png", "student-1/000000.png", "student-1/manifest.jsonl", "student-2/mine.txt"}
+    (tmp_path / "drawn/student-1/manifest.jsonl").write_text("{")
+    before = contents(tmp_path / "drawn")
+    is_refusal(command("sample", trained[1], *words, "--out", "drawn"), "manifest.jsonl is damaged.*name another --out")
+    assert contents(tmp_path / "drawn") == before
+
+
+def test_a_run_from_another_folder_and_how_to_go_on_from_there(command, trained, tmp_path, monkeypatch):
+    """Its paths were relative; its own folder has a space in its name, and is where its own config goes on."""
+    tree = yaml.safe_load(trained[0].read_text())
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data/words.txt").write_text("a star\n")
+    tree["data"]["prompts"], tree["teacher"]["path"] = "my data/words.txt", os.path.relpath(tree["teacher"]["path"], tmp_path)
+    (tmp_path / "relative.yaml").write_text(yaml.safe_dump(tree))
+    done = command("train", "relative.yaml", "--out", "my run", "--set", "train.rounds=1")
+    assert done.code == 0, done.err
+    assert "next: fewstep sample 'my run' --prompt '...' | fewstep export 'my run' --to OUT" in done.out
+    assert "fewstep eval 'my run' --reference FOLDER --prompts FILE" in done.out  # what the zoo is judged by is for the zoo
+    assert "trained already" not in done.out
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done = command("train", "../my run/config.yaml", "--resume", "--set", "train.rounds=2")
+    assert done.code == 0 and "trained: ../my run/checkpoints/step-0000002" in done.out, done.err
+    done = command("train", "../my run/config.yaml", "--resume")
+    assert done.code == 0 and "trained already (a higher train.rounds goes on): " in done.out
+    assert command("sample", "../my run", "--prompt", "a star").code == 0
+
+
+def test_alone_it_is_help_and_it_knows_its_version(command):
+    for arguments, said in ((), "Usage: fewstep"), (("--version",), f"fewstep {__version__}"), (("-h",), "Usage: fewstep"):
+        done = command(*arguments)
+        assert (done.code, done.err) == (0, "") and done.out.startswith(said)
+
+
+def test_a_warning_is_one_line(command):
+    command("--version")
+    assert warnings.formatwarning("many\n  words", UserWarning, "/a/file.py", 172) == "fewstep: many words\n"
+
+
+def test_configs_are_listed_wherever_one_is_and_where_there_are_none_it_says_so(command, monkeypatch):
+    from fewstep import listing
+
+    if (ROOT / "configs").exists():
+        assert "configs/sprites-sd-" in command("list", "configs").out
+    monkeypatch.setattr(listing, "PLACES", (Path("configs"),))
+    assert command("list", "configs").out == "there is no folder configs here; a checkout of fewstep has one\n"
+    assert json.loads(command("list", "configs", "--json").out) == []
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,17 @@ def test_a_teacher_that_is_not_there(refused, config, tmp_path):
     refused("the zoo has no 'sprites-xl'; it has", "train", config(teacher={"path": "zoo:sprites-xl"}))
 
 
+def test_a_teacher_of_another_size_than_it_draws_at(refused, config, teacher):
+    for verb in ("train", "plan"):
+        wrong = config(teacher={"path": str(teacher), "size": [63, 63]})
+        refused(r"teacher.size \[63, 63\] is none that StableDiffusionPipeline draws at .*divisible by 8", verb, wrong)
+
+
+def test_the_yardstick_is_no_teacher(refused, config):
+    for verb in ("train", "plan"):
+        refused("zoo:sprites-clip is not a Diffusers pipeline folder", verb, config(teacher={"path": "zoo:sprites-clip"}))
+
+
 def test_a_teacher_without_a_known_denoiser(refused, config, teacher, tmp_path):
     folder = shutil.copytree(teacher, tmp_path / "copy")
     index = json.loads((folder / "model_index.json").read_text())
@@ -99,7 +110,11 @@ def test_prompts_that_are_none(refused, config, tmp_path, content, said):
 
 
 def test_prompts_that_are_not_there(refused, config, tmp_path):
-    refused("there is no file of prompts at", "train", config(data={"prompts": f"{tmp_path}/nowhere.txt"}))
+    for verb in ("train", "plan"):
+        refused("there is no file of prompts at", verb, config(data={"prompts": f"{tmp_path}/nowhere.txt"}))
+    consistency = {"name": "consistency", "steps": 1, "solver_steps": 4}
+    for absent in (f"{tmp_path}/nowhere", f"{tmp_path}/*.tar", "zoo:birds"):
+        refused("there are no images at", "plan", config(objective=consistency, data={"images": absent}))
     refused("data needs exactly one of prompts and images", "train", config(data={}))
 
 
@@ -136,13 +151,25 @@ def test_a_folder_that_holds_another_run(refused, trained, tmp_path):
 
 def test_a_run_that_is_a_file(refused, trained, tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused("file", "train", trained[0], "--out", tmp_path / "file")
+    refused("file is a file; name a folder with --out", "train", trained[0], "--out", tmp_path / "file")
 
 
 def test_a_resume_with_another_config(refused, trained):
     said = "was made with another train.lr; resume with its own config.yaml, or name another --out"
     refused(said, "train", trained[0], "--out", trained[1], "--resume", "--set", "train.lr=0.5")
     refused("there is no run at .*; leave --resume away", "train", trained[0], "--out", "nowhere", "--resume")
+
+
+def test_a_resume_to_fewer_rounds_than_are_done(refused, trained):
+    said = "has trained 2 rounds already, more than train.rounds=1; set that to 2 or more"
+    refused(said, "train", trained[0], "--out", trained[1], "--resume", "--set", "train.rounds=1")
+
+
+def test_a_checkpoint_that_has_no_number(refused, trained, tmp_path):
+    run = shutil.copytree(trained[1], tmp_path / "run")
+    (run / "checkpoints/step-0000002").rename(run / "checkpoints/step-abc")
+    for verb in (("sample", run, "--prompt", "a star"), ("export", run, "--to", tmp_path / "export")):
+        refused("step-abc is no checkpoint: its name ends in no number of rounds", *verb)
 
 
 def test_a_truncated_checkpoint(refused, trained, tmp_path):
@@ -170,6 +197,7 @@ def test_a_run_without_a_checkpoint(refused, trained, tmp_path):
 
 def test_pictures_of_nothing_or_over_something(refused, trained, tmp_path):
     refused("nothing to draw; give --prompt TEXT or --prompts FILE", "sample", trained[1])
+    refused("zoo:sprites-sd is a teacher.*sample RUN --compare-teacher", "sample", "zoo:sprites-sd", "--prompt", "x")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.tex").write_text("years of work")
     refused(
@@ -196,12 +224,18 @@ def test_moments_of_another_extractor(refused, tmp_path, monkeypatch):
     rules = {"name": "mine", "prompts": "prompts.txt", "n": 8, "seed": 0, "extractor": "zoo:other", "reference": "moments.npz"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(rules))
     (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/0.png")
+    for i in range(8):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"pictures/{i}.png")
     refused("inception:2015", "eval", "pictures", "--protocol", "mine.yaml")
 
 
 def test_a_protocol_that_is_not_known(refused, trained):
     refused("unknown protocol 'sprite'; did you mean sprites", "eval", trained[1], "--protocol", "sprite")
+
+
+def test_a_run_is_judged_beside_the_users_own_images_or_told_how(refused, trained, tmp_path):
+    refused("says no reference; give --reference FOLDER .your images. and --prompts FILE", "eval", trained[1])
+    refused("--prompts", "eval", trained[1], "--reference", tmp_path)
 
 
 # Arguments
@@ -213,6 +247,11 @@ def test_a_protocol_that_is_not_known(refused, trained):
         (["trian"], "No such command 'trian'"),
         (["train"], "Missing argument 'config'"),
         (["sample", "x", "--sede", "1"], "No such option"),
+        (["sample", "x", "--steps", "0"], "--steps wants counts of at least 1, as in --steps 1,2,4, not '0'"),
+        (["sample", "x", "--steps", "-1"], "--steps wants counts of at least 1"),
+        (["eval", "x", "--protocol", "sprites", "--steps", "1,x"], "--steps wants counts .* not 'x'"),
+        (["sample", "x", "--steps", "1", "2", "4"], "unexpected extra argument.*; several counts are --steps 1,2,4"),
+        (["sample", "x", "--seed", "-1"], "Invalid value for '--seed'"),
         (["sample", "x", "--seed", "one"], "Invalid value for '--seed'"),
         (["list", "teecher"], "there is no list of 'teecher'; there are lists of objectives, teachers, configs"),
     ],

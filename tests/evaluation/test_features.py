@@ -130,6 +130,17 @@ def test_a_folder_without_weights_is_refused(clip_folder, tmp_path):
         open_clip_features(tmp_path)
 
 
+def test_inception_is_found_where_torch_fidelity_keeps_it(tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match=f"put https://.*pth into {tmp_path}/checkpoints, or name it"):
+        resolve("inception")
+    (tmp_path / "checkpoints").mkdir()
+    random = inception_features(None, random=True)
+    torch.save(random.module.state_dict(), tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth")
+    assert resolve("inception").id == random.id.replace("-random", "")
+
+
 def test_inception_runs_from_a_file_without_unpickling_code(tmp_path):
     pytest.importorskip("torch_fidelity")
     few = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)

@@ -178,6 +178,17 @@ def test_a_foreign_file_is_taken_with_a_warning(tmp_path):
         foreign.merge(foreign)
 
 
+def test_moments_that_are_damaged_or_gone_are_called_so(tmp_path):
+    with pytest.raises(ValueError, match="there are no reference moments at .*gone.npz; correct the path"):
+        Moments.load(tmp_path / "gone.npz")
+    Moments.of(normal(0), extractor="net").save(tmp_path / "m.npz")
+    whole = (tmp_path / "m.npz").read_bytes()
+    for wound in (b"text", whole[: len(whole) // 2], whole[:150] + bytes(100) + whole[250:]):
+        (tmp_path / "m.npz").write_bytes(wound)
+        with pytest.raises(ValueError, match="m.npz is damaged; make it again with np.savez"):
+            Moments.load(tmp_path / "m.npz")
+
+
 def test_a_pickle_is_never_opened(tmp_path):
     np.savez(tmp_path / "evil.npz", mu=np.array([object()], dtype=object), sigma=np.eye(1))
     with pytest.raises(ValueError, match="pickled objects"):

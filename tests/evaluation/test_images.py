@@ -111,6 +111,32 @@ def test_transparency_and_sixteen_bits_are_refused(tmp_path, images):
         load_folder(tmp_path)
 
 
+def test_a_file_that_is_no_image_is_named(tmp_path, images):
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    for damage in (b"text", (tmp_path / "a.png").read_bytes()[:200]):
+        (tmp_path / "b.png").write_bytes(damage)
+        with pytest.raises(ValueError, match="b.png cannot be read as an image .*; save it again as PNG, or remove it"):
+            load_folder(tmp_path)
+
+
+def test_files_that_are_not_read_are_counted_once(tmp_path, images):
+    for name in ("b.gif", "c.bmp", "d.tiff"):
+        Image.fromarray(images[0]).save(tmp_path / name)
+    with pytest.raises(ValueError, match="3 files .* are no PNG, JPEG or WebP .b.gif.; save them as PNG"):
+        load_folder(tmp_path)
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    with pytest.warns(UserWarning) as said:
+        assert load_folder(tmp_path).files == ["a.png"]
+    assert len(said) == 1 and "3 files" in str(said[0].message) and "left out" in str(said[0].message)
+
+
+def test_a_size_cuts_about_the_centre(tmp_path):
+    wide = np.zeros((16, 32, 3), np.uint8)
+    wide[:, 8:24] = 200
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    assert (next(stream(tmp_path, 16)) == 200).all()
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     for wrong in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="PNG"):

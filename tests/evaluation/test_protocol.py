@@ -5,11 +5,13 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fewstep.evaluation import protocol
 from fewstep.evaluation.images import save_folder
 from fewstep.evaluation.protocol import Protocol, floor, judge, load_prompts, load_protocol
 from fewstep.evaluation.reference import load_reference, reference_images
+from fewstep.zoo import HERE
 from fewstep.zoo.sprites import captions, draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*span less than")
@@ -56,7 +58,8 @@ def test_a_protocol_reads_back(written):
         (as_yaml(n="40"), "n: input should be a valid integer"),
         (as_yaml(n=0), "n: .*greater than or equal"),
         (as_yaml() + "n: 50\n", "key 'n' is given twice"),
-        ("name: x\n", "prompts: field required"),
+        ("name: x\nreference: y\n", "n: field required"),
+        ("name: x\nn: 9\n", "says no reference; give --reference FOLDER .your images. and --prompts FILE"),
         ("- a\n", "a protocol is a mapping"),
         ("a: [\n", "p.yaml"),
     ],
@@ -69,13 +72,32 @@ def test_a_faulty_protocol_is_refused_by_name(written, text, says):
 def test_an_unknown_protocol_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="unknown protocol 'sprite'; did you mean sprites"):
         load_protocol("sprite")
-    with pytest.raises(ValueError, match="no protocol file"):
+    with pytest.raises(ValueError, match="there are inception, sprites, sprites-quick, or give a YAML file"):
+        load_protocol("zzz")
+    with pytest.raises(ValueError, match="no protocol file nowhere.yaml; write one with name, n, prompts and reference"):
         load_protocol("nowhere.yaml")
 
 
 def test_those_shipped_are_valid_and_unlike():
-    found = [load_protocol(f.stem) for f in protocol.SHIPPED.glob("*.yaml")]
-    assert {p.name for p in found} == {"sprites", "sprites-quick"} and len({p.hash for p in found}) == 2
+    found = [load_protocol(f.stem, {"reference": "photos"}) for f in protocol.SHIPPED.glob("*.yaml")]
+    assert {p.name for p in found} == {"sprites", "sprites-quick", "inception"} and len({p.hash for p in found}) == 3
+
+
+def test_hashes_are_those_of_results_that_were_measured_before():
+    card = json.loads((HERE / "sprites-sd" / "results.json").read_text())["protocol"]
+    assert load_protocol("sprites").hash == card["hash"]
+    assert TINY.model_copy(update={"size": 64}).hash != TINY.hash
+
+
+def test_your_own_images_need_a_reference_and_prompts_alone():
+    with pytest.raises(
+        ValueError, match="inception.yaml says no reference; give --reference FOLDER .your images. and --prompts FILE"
+    ):
+        load_protocol("inception")
+    own = load_protocol("inception", {"reference": "photos", "prompts": "p.txt", "n": 9})
+    assert (own.reference, own.prompts, own.n, own.extractor) == ("photos", "p.txt", 9, "inception")
+    with pytest.raises(ValueError, match="says no prompts to draw for; give --prompts FILE"):
+        load_prompts(own.model_copy(update={"prompts": None}))
 
 
 def test_the_hash_moves_with_whatever_moves_a_number():
@@ -90,12 +112,48 @@ def test_the_hash_moves_with_whatever_moves_a_number():
 def test_prompts_are_the_worlds_captions_or_the_lines_of_a_file(tmp_path):
     assert load_prompts(TINY) == captions(7, 40)
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}\n" for i in range(50)))
-    mine = TINY.model_copy(update={"prompts": str(tmp_path / "p.txt")})
+    mine = PLAIN.model_copy(update={"prompts": str(tmp_path / "p.txt")})
     assert load_prompts(mine) == [f"prompt {i}" for i in range(40)]
-    with pytest.raises(ValueError, match="has 50 prompts"):
+    with pytest.raises(ValueError, match="has 50 prompts.* lower its n .--n 50."):
         load_prompts(mine.model_copy(update={"n": 60}))
-    with pytest.raises(ValueError, match="neither zoo:sprites nor a text file"):
+    with pytest.raises(ValueError, match="there is no file of prompts at nowhere.txt"):
         load_prompts(TINY.model_copy(update={"prompts": "nowhere.txt"}))
+
+
+def test_prompts_may_be_the_captions_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i, 99, 9)).save(tmp_path / f"photos/{i}.png")
+        (tmp_path / f"photos/{i}.txt").write_text(f"photo {i}")
+    mine = PLAIN.model_copy(update={"prompts": str(tmp_path / "photos"), "n": 8})
+    assert load_prompts(mine) == [f"photo {i}" for i in range(8)]
+
+
+def test_accuracy_wants_captions_and_pictures_of_the_zoo(tmp_path, zoo_clip):
+    images, texts = draw(7, 40)
+    (tmp_path / "p.txt").write_text("\n".join([*texts[:39], "a cat"]))
+    with pytest.raises(ValueError, match="prompt 40 is 'a cat'; set accuracy: false in it, or: --protocol inception"):
+        load_prompts(TINY.model_copy(update={"prompts": str(tmp_path / "p.txt")}))
+    with pytest.raises(ValueError, match="pictures of 64x64 have, and these are 32x64; set accuracy: false"):
+        judge(images[:, :, ::2], texts, TINY)
+
+
+def test_pictures_without_prompts_have_no_scores_of_prompts(zoo_clip, quick_reader):
+    images, texts = draw(7, 40)
+    row, full = judge(images, None, TINY), judge(images, texts, TINY)
+    assert full.keys() - row.keys() == {"clip", "accuracy", "accuracy_one"} and row.items() <= full.items()
+
+
+def test_references_of_many_sizes_are_cut_to_one(zoo_clip, tmp_path):
+    images, texts = draw(7, 40)
+    for i in range(40):
+        side = 64 + 8 * (i % 2)
+        Image.fromarray(images[i]).resize((side, side + 8)).save(tmp_path / f"{i:02d}.png")
+    mixed = PLAIN.model_copy(update={"reference": str(tmp_path)})
+    with pytest.raises(ValueError, match="01.png is 72x80, 00.png 64x72; resize them alike .*size: 512"):
+        judge(images, texts, mixed)
+    assert judge(images, texts, mixed.model_copy(update={"size": 64}))["fd"] >= 0
 
 
 def test_the_row_of_true_drawings(zoo_clip, quick_reader):

@@ -53,8 +53,9 @@ def test_a_kill_leaves_the_old_results_whole(tmp_path, monkeypatch):
     ("row", "says"),
     [
         ({"model": "student", "steps": 1, "fd": float("nan")}, "row 0: fd is nan"),
-        ({"model": "other", "steps": 1}, "teacher or student"),
+        ({"model": "other", "steps": 1}, "teacher, student or images"),
         ({"model": "student"}, "steps"),
+        ({"model": "images", "steps": "4"}, "steps"),
     ],
 )
 def test_a_row_that_says_too_little_is_refused(row, says):
@@ -104,7 +105,7 @@ def test_the_report_shows_the_numbers(page):
         "3.875",
         "0.654",
         "31.25",
-        "20.00 ± 0.40",
+        "0.02 ± 0.0004",
         "500.0",
         "teacher, 50 steps",
         "student, 1 step<",
@@ -128,10 +129,71 @@ def test_a_report_needs_neither_grids_nor_curves_nor_matplotlib(tmp_path, monkey
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     text = write_report(tmp_path / "r.html", results=[results.new(rows(), {"hash": "a"})]).read_text("utf-8")
-    assert "3.875" in text and "fewstep[report]" in text and "data:image" not in text
+    assert "3.875" in text and "pip install matplotlib" in text and "data:image" not in text
     (tmp_path / "no.png").write_text("text")
     with pytest.raises(ValueError, match="no PNG"):
         write_report(tmp_path / "r.html", results=[], grids=[("x", tmp_path / "no.png")])
+
+
+def test_a_row_of_images_needs_no_steps(tmp_path):
+    found = results.new([{"model": "images", "name": "mine", "fd": 2.5}, *rows()], {"hash": "a"})
+    text = write_report(tmp_path / "r.html", results=[found]).read_text("utf-8")
+    assert ">images mine<" in text and "2.500" in text
+
+
+def test_other_prompts_get_a_table_of_their_own(tmp_path):
+    both = [results.new(rows(), {"hash": "a", "prompts_sha256": sha}) for sha in ("x", "y")]
+    assert write_report(tmp_path / "r.html", results=both).read_text("utf-8").count("<h2>Protocol") == 2
+
+
+def test_a_page_goes_over_reports_alone(tmp_path):
+    write_report(tmp_path / "r.html", results=[])
+    write_report(tmp_path / "r.html", results=[results.new(rows(), {"hash": "a"})])
+    (tmp_path / "thesis.html").write_text("years of work")
+    with pytest.raises(ValueError, match="thesis.html is there and is no report of fewstep"):
+        write_report(tmp_path / "thesis.html", results=[])
+    with pytest.raises(ValueError, match="is a folder; name the page with --out"):
+        write_report(tmp_path, results=[])
+    assert (tmp_path / "thesis.html").read_text() == "years of work"
+
+
+A, B = {"name": "first", "hash": "a"}, {"name": "second/one", "hash": "b"}
+
+
+def test_results_of_two_protocols_have_files_of_their_own(tmp_path):
+    assert results.place_in(tmp_path, "results", A) == tmp_path / "results.json"
+    results.write(tmp_path / "results.json", results.new(rows(), A))
+    assert results.place_in(tmp_path, "results", A) == tmp_path / "results.json"
+    other = results.place_in(tmp_path, "results", B)
+    assert other == tmp_path / "results.second-one.json"
+    results.write(other, results.new(rows(), B))
+    (tmp_path / f"results.0123{results.PARTIAL}").write_text("half")
+    assert results.places_in(tmp_path) == [tmp_path / "results.json", other]
+
+
+def test_results_go_over_those_of_the_same_protocol_and_target_alone(tmp_path, monkeypatch):
+    file = tmp_path / "r.json"
+    results.check_place(tmp_path / "new" / "r.json", A)
+    made = results.new(rows(), A)
+    made["environment"]["target"] = str(tmp_path / "mine")
+    results.write(file, made)
+    results.check_place(file, A)
+    results.check_place(file, A, str(tmp_path / "mine"))
+    with pytest.raises(ValueError, match="another protocol, 'first' .a.; name another place"):
+        results.check_place(file, B)
+    with pytest.raises(ValueError, match="another target, .*mine; name another place"):
+        results.check_place(file, A, "yours")
+    with pytest.raises(ValueError, match="is a folder; name a file with --out"):
+        results.check_place(tmp_path, A)
+    with pytest.raises(ValueError, match="r.json is a file; name another place"):
+        results.check_place(file / "deep" / "r.json", A)
+    for foreign in ("{", "[]", '{"rows": [1], "protocol": {"hash": "a"}, "environment": {}}'):
+        (tmp_path / "package.json").write_text(foreign)
+        with pytest.raises(ValueError, match="is no results file of fewstep; name another place"):
+            results.check_place(tmp_path / "package.json", A)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="is not yours to write in"):
+        results.check_place(tmp_path / "new.json", A)
 
 
 def test_timings_leave_the_warm_up_out():

@@ -48,25 +48,19 @@ def test_latents_are_standardised(name):
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_a_teacher_draws_what_it_is_asked(name):
-    """A floor well under the card's accuracy: 48 pictures, 16 steps."""
+def test_a_teacher_draws_what_it_is_asked_and_not_in_two_steps(name):
+    """A floor well under the card's accuracy: 48 pictures, 16 steps. What it cannot do in two is what a student is for."""
     teacher = load_teacher(f"zoo:{name}")
     texts = captions(13, 48)
     scale = guidance(name)
     assert scale is not None and scale > 1
     guided = Guided(teacher.denoiser(teacher.net), scale, teacher.null())
-    images = generate(teacher, guided, teacher.encode(texts), teacher.grid(16, "ddim"), "ddim", seed=0)
+    images, hasty = (generate(teacher, guided, teacher.encode(texts), teacher.grid(n, "ddim"), "ddim", seed=0) for n in (16, 2))
     card = json.loads((folder(name) / "results.json").read_text())
     stated = next(r for r in card["rows"] if r["steps"] == 50)["accuracy"]
     assert accuracy(texts, images).mean() > stated - 0.12
+    assert accuracy(texts, hasty).mean() < accuracy(texts, images).mean() - 0.2
     assert accuracy(texts[1:] + texts[:1], images).mean() < stated - 0.2
-
-
-@pytest.mark.parametrize("name", TEACHERS)
-def test_fewer_steps_cost_the_teacher_quality(name):
-    rows = {r["steps"]: r for r in json.loads((folder(name) / "results.json").read_text())["rows"]}
-    assert rows[1]["fd"] > 2 * rows[2]["fd"] > 4 * rows[50]["fd"]
-    assert rows[1]["accuracy"] < rows[2]["accuracy"] < rows[4]["accuracy"] < rows[50]["accuracy"]
 
 
 @pytest.mark.parametrize("name", TEACHERS)
