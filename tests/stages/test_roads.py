@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from fewstep import api
 from fewstep.config import parse
@@ -14,15 +12,6 @@ from fewstep.verify import verify
 CONFIGS = Path(__file__).parents[2] / "configs"
 # The recipes that ship, but for the one whose smaller network is the zoo teacher's (test_slim.py has its road).
 STAGED = sorted(f for f in CONFIGS.glob("sprites-sd-*.yaml") if "\nstages:" in f.read_text() and "slimflow" not in f.name)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)):
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"number {i}")
-    return str(folder)
 
 
 def shrunk(tree, teacher, images):

@@ -4,10 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from staged import begun, trained
 
 from fewstep import api, checkpoint, stages
@@ -17,15 +15,6 @@ from fewstep.networks import Full, Lora, set_weights
 from fewstep.objectives.progressive import Progressive
 from fewstep.plan import plan
 from fewstep.verify import verify
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)):
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"number {i}")
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
