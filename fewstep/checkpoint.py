@@ -48,8 +48,10 @@ def save(folder: Path, round_: int, files: Mapping[str, Mapping[str, Tensor]], s
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint, or None where there is none."""
+    """The newest checkpoint; None where there is none. Raises ValueError for a folder among them that is none by its name."""
     found = sorted(folder.glob("step-*"))
+    if found and not found[-1].name.removeprefix("step-").isdigit():
+        raise ValueError(f"{found[-1]} is no checkpoint: its name ends in no number of rounds; move it elsewhere")
     return found[-1] if found else None
 
 

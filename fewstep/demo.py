@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import typer
 
 from fewstep import api
 from fewstep.config import parse
+from fewstep.evaluation import results
 from fewstep.judging import check_files, evaluate, report_runs, table
 from fewstep.verify import verify
 
@@ -41,10 +40,8 @@ def run(out: Path) -> None:
     typer.echo(f"1/4 distilling {config.teacher.path} with {config.objective.steps}-step dmd on this CPU")
     done = api.train(config, folder, resume=(folder / "config.yaml").exists())
     typer.echo("2/4 scoring teacher and student")
-    found, written = evaluate(folder, PROTOCOL, out=folder / "results.json", steps=[1, 2, 4], fresh=False, teacher=True)
-    part = numbers.with_name(f"{numbers.name}.{os.getpid()}.tmp")
-    shutil.copyfile(written, part)
-    os.replace(part, numbers)
+    found, _ = evaluate(folder, PROTOCOL, out=folder / "results.json", steps=[1, 2, 4], fresh=False, teacher=True)
+    results.write(numbers, found)
     typer.echo(table(found))
     typer.echo("3/4 exporting for stock Diffusers, and proving it in a fresh process")
     done.export(export)

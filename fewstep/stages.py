@@ -35,11 +35,8 @@ class Stage:
 
     @property
     def place(self) -> Path | None:
-        """The newest checkpoint; None before the first. Raises ValueError for a folder among them that is none by its name."""
-        place = checkpoint.latest(self.folder / "checkpoints")
-        if place is not None and not place.name.removeprefix("step-").isdigit():
-            raise ValueError(f"{place} is no checkpoint: its name ends in no number of rounds; move it elsewhere")
-        return place
+        """The newest checkpoint; None before the first."""
+        return checkpoint.latest(self.folder / "checkpoints")
 
     @property
     def finished(self) -> bool:

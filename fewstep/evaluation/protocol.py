@@ -34,9 +34,8 @@ class Protocol(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
-    prompts: str | None = (
-        None  # zoo:sprites, a .txt, .jsonl or .csv file, a folder of captioned images; folders are judged without
-    )
+    # zoo:sprites, a .txt, .jsonl or .csv file, or a folder of captioned images; a folder of samples is judged without
+    prompts: str | None = None
     n: Annotated[int, Field(ge=8)]
     seed: int = 0
     extractor: str = "inception"  # or inception:WEIGHTS, zoo:NAME, open_clip:FOLDER, open_clip:ARCHITECTURE:WEIGHTS

@@ -34,7 +34,6 @@ class Overheard(Denoiser):
 
     judge: Judge
     cond: Cond
-    views: list[View] = field(default_factory=list)
 
     @classmethod
     def of(cls, denoiser: Denoiser, judge: Judge, cond: Cond) -> Overheard:
@@ -46,9 +45,7 @@ class Overheard(Denoiser):
         if otherwise or not (graph or x_t.requires_grad):  # a network asked otherwise, or about what nobody can change
             return super().__call__(x_t, t, cond, g=g, r=r)
         with torch.enable_grad():
-            prediction, logits = self.judge.both(x_t, t, cond, graph=graph)
-        self.views.append(View(x_t, t, logits))
-        return prediction
+            return self.judge.both(x_t, t, cond, graph=graph)[0]
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Listening:
 
     judge: Judge
     cond: Cond
-    views: list[View]
+    views: list[View] = field(default_factory=list)
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.judge.logits(x_t, t, cond)
@@ -77,10 +74,10 @@ def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses
     if nets.critic is None:
         return turn.loss(nets, batch, rng), None
     assert nets.judge is not None
-    critic = Overheard.of(nets.critic, nets.judge, batch.cond)
-    judge = Listening(nets.judge, batch.cond, critic.views)  # asked by an objective that reads a ratio off it
+    judge = Listening(nets.judge, batch.cond)  # the critic's passes go through it, and what an objective reads a ratio off
+    critic = Overheard.of(nets.critic, judge, batch.cond)
     losses = turn.loss(replace(nets, critic=critic, judge=judge), batch, rng)
-    return losses, critic.views[0] if len(critic.views) == 1 else None
+    return losses, judge.views[0] if len(judge.views) == 1 else None
 
 
 def drawn(student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Tensor:

@@ -24,6 +24,13 @@ def share(**settings: float | None) -> None:
             raise ValueError(f"{name} is a share between 0 and 1, not {value}")
 
 
+def part(of: str, **settings: float) -> None:
+    """Raises ValueError for the first setting outside [0, 1): a share `of` something that must leave some over."""
+    for name, value in settings.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is a share of {of} in [0, 1), not {value}")
+
+
 def check_scales(guidance: tuple[float, float] | None) -> None:
     """Raises ValueError for a range of guidance scales that is none."""
     if guidance is not None and not 0 <= guidance[0] <= guidance[1]:

@@ -13,7 +13,7 @@ from fewstep.losses import flat_mean, push, unit
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.consistency import scales
-from fewstep.objectives.ranges import at_least, check_scales, positive
+from fewstep.objectives.ranges import at_least, check_scales, part, positive
 from fewstep.schedules import TrigFlow, like
 from fewstep.stream import Stream
 from fewstep.tangents import DERIVATIVES, Derivative
@@ -60,8 +60,7 @@ class SCM(Objective):
         at_least(0, warmup=self.warmup)
         positive(floor=self.floor)
         check_scales(self.guidance)
-        if not 0 <= self.noise_share < 1:
-            raise ValueError(f"noise_share is a share of samples in [0, 1), not {self.noise_share}")
+        part("samples", noise_share=self.noise_share)
 
     @property
     def needs(self) -> Needs:

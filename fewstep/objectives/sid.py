@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.losses import distance, flat_mean
 from fewstep.objectives.base import Batch, Losses, Nets, denoise, register, simulate
-from fewstep.objectives.ranges import positive
+from fewstep.objectives.ranges import part, positive
 from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
 
@@ -51,8 +51,7 @@ class SiD(TwoTimeScale):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(floor=self.floor)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a share of prompts in [0, 1), not {self.dropout}")
+        part("prompts", dropout=self.dropout)
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """delta ((f_real - x) - alpha delta) with delta = f_real - f_fake; where kappa2 and kappa3 differ, f_real - x is delta

@@ -11,6 +11,7 @@ import torch
 from fewstep.denoiser import TARGETS, Denoiser, Guided, linear_loss
 from fewstep.losses import mse, push
 from fewstep.objectives.base import Batch, Losses, Nets, register, simulate
+from fewstep.objectives.ranges import part
 from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -40,8 +41,7 @@ class VSD(TwoTimeScale):
         super().__post_init__()
         if self.kappa is not None and not self.kappa[0] <= self.kappa[1]:
             raise ValueError(f"kappa is a range [low, high] of guidance, as in kappa: [0.5, 4.0], not {list(self.kappa)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a share of prompts in [0, 1), not {self.dropout}")
+        part("prompts", dropout=self.dropout)
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """sigma^2 (eps_teacher - eps_critic) = alpha sigma (x0_critic - x0_teacher): alpha sigma times `diff_instruct`'s."""
