@@ -18,12 +18,16 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_hash() -> str | None:
-    """The commit of fewstep's own checkout when this process first asked; None where it was installed from a wheel."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
+    """The commit of fewstep's own checkout when this process first asked, "+" behind it if files were changed; None elsewhere."""
+    # The last fails where this file only lies in somebody else's checkout, as in a virtual environment.
+    questions = ["rev-parse HEAD", "status --porcelain --untracked-files=no", f"ls-files --error-unmatch {Path(__file__).name}"]
     try:
-        asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:  # there is no git
+        commit, changed, _ = (
+            subprocess.run(
+                ["git", *asked.split()], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+            )
+            for asked in questions
+        )
+    except (OSError, subprocess.SubprocessError):
         return None
-    return asked.stdout.strip() if asked.returncode == 0 else None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")

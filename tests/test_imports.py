@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "verify": DENOISER | PARTS | SIDE_DOORS,
     "exported": {"proof", "verify", "families", "progress", "stream"},
     # the judge: sees pictures, not how they were trained
-    "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress", "hints"},
+    "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress", "hints", "origin"},
     # the embedded world is free of the framework; the programs that made its teachers are not
     "zoo": DENOISER | PARTS | {"progress"},
     "zoo.teachers": DENOISER | PARTS | {"zoo", "families"},

@@ -8,13 +8,14 @@ import math
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fewstep import origin
 
 # What must agree before two rows may stand in one table.
 SAME = ("hash", "extractor_id", "clip_id", "reference_sha256", "prompts_sha256")
@@ -36,7 +37,7 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "git_commit": _commit(),
+        "git_commit": origin.git_hash(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -169,18 +170,3 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    here = Path(__file__).parent
-    try:
-        run = [subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10) for args in _GIT]
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if any(r.returncode for r in run):
-        return None
-    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
-
-
-# The last fails where this file only lies in somebody else's checkout, as in a virtual environment.
-_GIT = (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"), ("ls-files", "--error-unmatch", "results.py"))
