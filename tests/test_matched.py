@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,3 +92,15 @@ def test_weights_are_reached_through_the_match():
     x, t = places("trig", matched := Matched(network, SCHEDULES["trig"]))
     matched(x, t, NOTHING).v.sum().backward()
     assert isinstance(network.net.clean, Gaussian) and all(p.grad.abs().max() > 0 for p in network.net.clean.parameters())
+
+
+@teachers
+@pytest.mark.parametrize("host, quantity", [("flow", "flow"), ("trig", "v_prediction")])
+def test_the_lever_is_what_an_error_of_the_output_weighs_in_a_velocity(name, target, host, quantity):
+    plain = gaussian(MEAN, VAR, SCHEDULES[name], target)
+    erring = replace(plain, call=lambda *asked: plain.call(*asked) + 1e-3)
+    x, t = places(host, Matched(plain, SCHEDULES[host]))
+    exact, off = (Matched(network, SCHEDULES[host])(x, t, NOTHING) for network in (plain, erring))
+    read = (lambda p: p.velocity) if quantity == "flow" else (lambda p: p.v)
+    weighs = (read(off) - read(exact)).abs().mean(1) / 1e-3
+    torch.testing.assert_close(Matched(plain, SCHEDULES[host]).lever(quantity, t), weighs.clamp(min=1), rtol=1e-6, atol=1e-6)

@@ -33,7 +33,8 @@ class MeanFlow(Objective):
     mean over the sample (a sum in the paper, whose p is 1). derivative: jvp, or difference (kernels without forward
     differentiation). Deviations: v is the guided teacher's velocity, not eps - x0 (distillation, as FastGen's `use_cd`), so a
     student that starts as its teacher needs fewer samples at r = t than the paper's three of four, and wider times (paper:
-    -0.4, 1.0), for its ends are deployed; the network is fed r, not t - r.
+    -0.4, 1.0), for its ends are deployed; the network is fed r, not t - r; a network that predicts no velocity is pushed as hard
+    at every level (`Matched.lever`), or one that predicts epsilon would be lost at its noise end.
     """
 
     steps: int = 1
@@ -63,14 +64,15 @@ class MeanFlow(Objective):
         return [Turn("student", self.student_loss)]
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
-        """|u - sg(v - (t - r) du/dt)|^2, weighed by its own inverse (equations 9, 10 and 22)."""
+        """|u - sg(v - (t - r) du/dt)|^2, weighed by its own inverse (equations 9, 10 and 22) and that of `Matched.lever`."""
         assert batch.latents is not None
         x0, student = batch.latents, Matched(nets.student, FLOW)
         t, r = self.times(len(x0), rng, student)
         x_t = FLOW.add_noise(x0, rng.normal_like(x0), t)
         error, stats = residual(nets, batch, x_t, t, r, DERIVATIVES[self.derivative])
         prediction = student(x_t, t, batch.cond, r=r)
-        return Losses({"meanflow": tamed(prediction.velocity, error, self.floor, self.power)}, stats, prediction.x0)
+        loss = tamed(prediction.velocity, error, self.floor, self.power) / student.lever("flow", t).to(error)
+        return Losses({"meanflow": loss}, stats, prediction.x0)
 
     def times(self, n: int, rng: Stream, student: Matched) -> tuple[Tensor, Tensor]:
         """(t, r) of the straight path (n,), r <= t."""

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from jumping import MEAN, VAR, N, clean, exact, jumper, teachers
@@ -93,13 +95,31 @@ def test_the_gradient_is_the_papers_and_nobody_else_has_one(name, target):
     u = f(x_t, t, NOTHING, r=r).velocity
     goal = (u - residual(game(student, teacher), batch, x_t, t, r, jvp)[0]).detach()
     far = mse(u, goal)
-    expected = 0.5 * (far / (far.detach() + 0.01) ** 0.75).mean()
+    expected = 0.5 * (far / (far.detach() + 0.01) ** 0.75 / f.lever("flow", t)).mean()
     torch.testing.assert_close(total, expected)
     parameters = list(student.net.parameters())
     for a, b in zip(*(torch.autograd.grad(v, parameters, retain_graph=True) for v in (total, expected))):
         torch.testing.assert_close(a, b)
     total.backward()
     assert all(p.grad is None for p in teacher.net.parameters())
+
+
+@teachers
+def test_the_output_is_pushed_as_hard_at_every_level_whatever_it_is(name, target):
+    """With power 1/2 the velocity's gradient has one size, but epsilon's would have 1 + sigma / alpha times that."""
+    student, outputs = jumper(name, target, MEAN + 0.3), []
+
+    def watched(*asked):
+        outputs.append(student.call(*asked))
+        if outputs[-1].requires_grad:
+            outputs[-1].retain_grad()
+        return outputs[-1]
+
+    nets = game(replace(student, call=watched), exact(name, target))
+    batch = Batch(NOTHING, (N, 2), clean())
+    MeanFlow(floor=1e-12, std=3.0, instant=0.0).student_loss(nets, batch, stream(3, 0, 0, 0)).total.backward()
+    pushed = outputs[-1].grad.square().mean(1).sqrt() * 2 * N
+    torch.testing.assert_close(pushed, torch.ones_like(pushed), rtol=1e-6, atol=1e-6)
 
 
 def test_times_are_sorted_end_at_the_clean_end_and_meet_where_asked():
