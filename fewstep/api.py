@@ -33,7 +33,7 @@ from fewstep.preview import Preview
 from fewstep.roles import roles_of
 from fewstep.sampling import STEPS
 from fewstep.slim import try_out
-from fewstep.stages import Stage, check_folder, find, stages_of, store
+from fewstep.stages import Stage, claimed, find, stages_of, store
 from fewstep.trainer import Job, fit, make_accelerator, runs_on_cpu
 from fewstep.verify import Report, verify
 
@@ -173,10 +173,10 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
     for part in config.stages or (config,):
         if runs_on_cpu(part.train) and part.teacher.storage == "host":
             raise ValueError("teacher.storage: host is for a GPU to fetch weights from host memory; on the CPU leave it away")
-    check_folder(config, folder, resume)
-    for stage in stages_of(config, folder):
-        if not stage.finished:
-            _train_stage(config, stage, folder, resume=resume)
+    with claimed(config, folder, resume):
+        for stage in stages_of(config, folder):
+            if not stage.finished:
+                _train_stage(config, stage, folder, resume=resume)
     return Run(folder)
 
 

@@ -6,10 +6,12 @@ has these in RUN itself."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fewstep import checkpoint
@@ -22,6 +24,7 @@ from fewstep.trainer import Settings
 # What may change when a run goes on: how long it is and how often it reports.
 RESUMABLE = ("train.rounds", "train.log_every", "train.save_every", "train.preview_every")
 
+LOCK = ".lock"  # in a run's folder while a process trains in it; a file of that name that nobody holds means nothing
 APART, SEEDS = 1_000_003, 2**32  # between the seeds of stages: none sees the noise of another; and how many seeds there are
 
 
@@ -155,7 +158,7 @@ def check_folder(config: Config, folder: Path, resume: bool) -> None:
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     if not nearest.is_dir():
         raise ValueError(f"{nearest} is a file; name a folder with --out")
-    if folder.exists() and any(folder.iterdir()) and not stored.exists():
+    if folder.exists() and any(file.name != LOCK for file in folder.iterdir()) and not stored.exists():
         raise ValueError(f"{folder} holds other files and no run; name an empty folder with --out")
     if resume and not stored.exists():
         raise ValueError(f"there is no run at {folder} to resume; leave --resume away to start one")
@@ -164,6 +167,34 @@ def check_folder(config: Config, folder: Path, resume: bool) -> None:
     if not resume:
         raise ValueError(f"{folder} already holds a run; add --resume to go on with it, or name another folder with --out")
     _check_same(load(stored), config, folder)
+
+
+@contextmanager
+def claimed(config: Config, folder: Path, resume: bool) -> Iterator[None]:
+    """Keeps a run's folder from other processes while this one trains in it; of several of one run, the first claims it.
+
+    The claim ends with the process, however that ends, and leaves no folder for a run that did not begin. Raises ValueError
+    where another process trains there, and as `check_folder` does."""
+    check_folder(config, folder, resume)
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(blocking=False)
+    except Timeout:
+        remedy = "wait for it, stop it, or name another folder with --out"
+        raise ValueError(f"another process is training in {folder}; {remedy}") from None
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        lock.release()
 
 
 def _check_same(old: Config, new: Config, folder: Path) -> None:

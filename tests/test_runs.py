@@ -240,7 +240,7 @@ def test_a_checkpoint_says_what_wrote_it(setup, tmp_path):
     state = json.loads((api.train(setup(rounds=1), tmp_path / "run").place / "state.json").read_text())
     assert state["versions"].keys() == {"fewstep", "torch", "diffusers"}
     assert torch.__version__.startswith(state["versions"]["torch"])
-    asked = subprocess.run(["git", "-C", ROOT, "cat-file", "-t", str(state["git"])], capture_output=True, text=True)
+    asked = subprocess.run(["git", "-C", ROOT, "cat-file", "-t", str(state["git"]).rstrip("+")], capture_output=True, text=True)
     assert asked.stdout.strip() == "commit" if (ROOT / ".git").exists() else state["git"] is None
 
 

@@ -1,6 +1,8 @@
 """Where runs lie, and where what they were made with lies: told without training anything."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,6 +28,10 @@ def config(path="teachers/sd", words="words.txt", **parts):
 
 def trained(folder, rounds=2):
     checkpoint.save(folder / "checkpoints", rounds, {"ema": {"w": torch.zeros(1)}}, {})
+
+
+def claim(run, resume=False):
+    return stages.claimed(config(), run, resume)
 
 
 def test_a_stored_config_holds_wherever_it_is_read(here, monkeypatch):
@@ -66,6 +72,52 @@ def test_a_folder_without_a_checkpoint_may_be_started_over(here):
     for resume, said in ((False, "already holds a run"), (True, "was made with another train.lr")):
         with pytest.raises(ValueError, match=said):
             stages.check_folder(other, run, resume)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_nobody_else_trains_in_a_folder_while_its_run_does(here, resume):
+    run = here / "run"
+    if resume:
+        stages.store(config(), run)
+    with claim(run, resume):
+        with pytest.raises(ValueError, match="another process is training in .*run; wait for it"), claim(run, resume):
+            pass
+        stages.store(config(), run)
+    with claim(run, resume):
+        pass
+
+
+def test_a_killed_process_leaves_its_folder_free(here):
+    program = """
+import os
+from pathlib import Path
+from fewstep import stages
+from fewstep.config import load
+held = stages.claimed(load(Path("kept/config.yaml")), Path("run"), False)
+held.__enter__()
+os.kill(os.getpid(), 9)
+"""
+    stages.store(config(), here / "kept")
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert (here / "run" / stages.LOCK).exists()
+    with claim(here / "run"):
+        pass
+
+
+def test_a_run_that_did_not_begin_leaves_no_folder(here):
+    with pytest.raises(ValueError, match="refused"), claim(here / "run"):
+        raise ValueError("refused")
+    assert not (here / "run").exists()
+    (here / "empty").mkdir()
+    with pytest.raises(ValueError, match="refused"), claim(here / "empty"):
+        raise ValueError("refused")
+    assert not list((here / "empty").iterdir())
+
+
+def test_a_run_is_claimed_once_by_all_its_processes(here, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with claim(here / "run"):
+        assert not (here / "run").exists()
 
 
 def test_a_checkpoint_of_any_stage_is_a_run_that_has_begun(here):
