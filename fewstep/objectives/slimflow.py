@@ -107,7 +107,9 @@ class FlowGuided(Objective):
         """d(x0, the pair's sample) + guide d(x0, sg where the teacher's two steps land)."""
         assert batch.latents is not None
         x, t = walked(nets, batch, rng)
-        goal = two_steps(nets.teacher, x, t, batch.cond, 0.2 + 0.6 * rng.uniform(len(x)), rng)
+        # Pure noise stands at the first of the student's times, whatever that is (conditioning_timestep).
+        begins = torch.where(t == nets.grid[0], 1.0, t)
+        goal = two_steps(nets.teacher, x, begins, batch.cond, 0.2 + 0.6 * rng.uniform(len(x)), rng)
         x0 = nets.student(x, t, batch.cond).x0
         terms = {"regression": huber(x0, batch.latents, self.huber), "guide": self.guide * huber(x0, goal, self.huber)}
         return Losses(terms, {}, x0)

@@ -85,6 +85,19 @@ def test_of_a_path_that_ends_in_noise_it_rests_where_the_straightened_teacher_le
     assert losses.terms["regression"].max() < 1e-6 and losses.terms["guide"].max() < 1e-6
 
 
+@pytest.mark.parametrize("first", [1.0, 0.4])
+def test_the_guide_starts_from_its_own_noise_end_wherever_the_student_is_told_it_begins(first):
+    teacher, student = (gaussian([0.3, 0.1], var, SCHEDULES["sd"], "epsilon") for var in ([0.5, 2.0], [0.1, 0.1]))
+    given = pairs()
+    losses = FlowGuided(huber=0.0).student_loss(game(student, teacher, grid=(first,)), given, stream(0, 0, 0, 0))
+    rng = stream(0, 0, 0, 0)
+    rng.shared.integer(1)
+    share = 0.2 + 0.6 * rng.uniform(N)
+    goal = two_steps(teacher, given.noise, torch.ones(N).double(), NOTHING, share, rng)
+    drawn = student(given.noise, torch.full((N,), first).double(), NOTHING).x0
+    torch.testing.assert_close(losses.terms["guide"], huber(drawn, goal, 0.0))
+
+
 def test_both_terms_are_distances_of_one_step_and_only_the_student_learns():
     teacher, given, heard = gaussian([0.3, 0.1], [0.5, 2.0], SCHEDULES["flow"], "flow"), pairs(), Counted()
     student = denoiser(Linear(0.3, 0.8), SCHEDULES["flow"], "flow", heard)
