@@ -62,6 +62,11 @@ class Nets:
     weighting: Callable[[Tensor], Tensor] | None = None
     everywhere: Callable[[Tensor], Tensor] = Tensor.detach
 
+    def level(self, t: float) -> float:
+        """The time that says how noisy the student's own input is at a time of its grid: at the first stands pure noise, whatever
+        time its network is told there (conditioning_timestep)."""
+        return 1.0 if t == self.grid[0] else t
+
 
 @dataclass(frozen=True)
 class Landing:

@@ -49,8 +49,7 @@ class Decoupled(TwoTimeScale):
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """(f_fake - f_c) / N at t_DM, minus (w - 1) (f_c - f_u) / N at t_CA <= the student's time, each at noise of its own."""
         start, prediction = simulate_step(nets, batch, rng)
-        if start == nets.grid[0]:  # pure noise stands there, whatever time the network is told (conditioning_timestep)
-            start = 1.0
+        start = nets.level(start)
         x, schedule = prediction.x0, nets.student.schedule
         t = Uniform(self.low, self.high).sample(len(x), rng)
         x_t = schedule.add_noise(x, rng.normal_like(x), t)  # with the student's graph, so that heads may judge it, too

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.losses import flat_mean, tamed
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.ranges import positive
+from fewstep.objectives.ranges import part, positive
 from fewstep.schedules import RectifiedFlow, like
 from fewstep.stream import Stream
 from fewstep.tangents import DERIVATIVES, Derivative
@@ -49,8 +49,7 @@ class MeanFlow(Objective):
     def __post_init__(self) -> None:
         LogNormal(self.mean, self.std)
         positive(floor=self.floor)
-        if not 0 <= self.instant < 1:
-            raise ValueError(f"instant is a share of samples in [0, 1), not {self.instant}")
+        part("samples", instant=self.instant)
 
     @property
     def needs(self) -> Needs:

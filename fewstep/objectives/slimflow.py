@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.matched import off_straight, straight
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register
 from fewstep.objectives.ranges import at_least
 from fewstep.objectives.reflow import huber, straight_line, walked
 from fewstep.sampling import ddim
@@ -107,8 +107,7 @@ class FlowGuided(Objective):
         """d(x0, the pair's sample) + guide d(x0, sg where the teacher's two steps land)."""
         assert batch.latents is not None
         x, t = walked(nets, batch, rng)
-        # Pure noise stands at the first of the student's times, whatever that is (conditioning_timestep).
-        begins = torch.where(t == nets.grid[0], 1.0, t)
+        begins = full(nets.level(float(t[0])), len(x))  # the samples share their time
         goal = two_steps(nets.teacher, x, begins, batch.cond, 0.2 + 0.6 * rng.uniform(len(x)), rng)
         x0 = nets.student(x, t, batch.cond).x0
         terms = {"regression": huber(x0, batch.latents, self.huber), "guide": self.guide * huber(x0, goal, self.huber)}
