@@ -1,7 +1,7 @@
 """What training costs beyond its network passes: `python eval/bench_training.py [--teacher zoo:sprites-sd] [--out FILE.json]`.
 
-For dmd with full and with LoRA roles: the time of a round over the sum of the bare passes it must make (measured side by side, in
-alternation, because machines are noisy), host synchronisations a round, saved activation bytes of each turn, `fewstep --help`.
+For dmd with full and with LoRA roles: the time of a round of `fit` over the sum of the bare passes it must make (side by side,
+in alternation, because machines are noisy), host synchronisations a round, saved activation bytes of each turn, `fewstep --help`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep import trainer
-from fewstep.api import open_study
+from fewstep.api import Study, open_study
 from fewstep.config import parse
 from fewstep.costs import Passes, saved_bytes
-from fewstep.data import open_source
+from fewstep.data import Buckets, Source, open_source
 from fewstep.evaluation.results import environment
-from fewstep.objectives.base import Batch
-from fewstep.stream import stream
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Turn
+from fewstep.stream import Stream, stream
+from fewstep.trainer import Job, fit
 
 BATCH = 32
+Kind = tuple[str, bool, int]  # of a pass: the network, whether a backward follows, rows
 
 
 class Waits(TorchDispatchMode):
@@ -46,73 +49,87 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def median_ms(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call, the calls taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if i:
-                times[name].append(1000 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in times.items()}
+class Clocked:
+    """An objective as `fit` plays it, watched where one round ends and the next begins.
+
+    Round 0 warms up, in round 1 waits and saved activations are counted. Those after it are timed and their passes counted, for
+    a rollout's length is drawn; between them, in alternation because machines are noisy, every kind of pass is made bare."""
+
+    def __init__(self, study: Study, source: Source | Buckets) -> None:
+        self.study, self.source, self.inner = study, source, study.config.objective
+        self.waits, self.passes = Waits(), Passes(study.roles)
+        self.saved: dict[str, int] = {}
+        self.rounds: list[tuple[float, Counter[Kind]]] = []
+        self.bare: defaultdict[Kind, list[float]] = defaultdict(list)
+        self.began = 0.0
+
+    @property
+    def needs(self) -> Needs:
+        return self.inner.needs
+
+    def round(self, step: int) -> list[Turn]:
+        turns = self.inner.round(step)
+        if step == 1:
+            self.waits.__enter__()
+            return [replace(turn, loss=partial(self._saved, turn)) for turn in turns]
+        if step == 2:
+            self.waits.__exit__(None, None, None)
+        if step > 2:
+            self.rounds.append((self._spent(), self.passes.made.copy()))
+            self.passes.__exit__()
+            for kind in self.passes.made:
+                self._bare(*kind)
+            self.passes.made.clear()
+        if step >= 2:
+            self.passes.__enter__()
+        self.began = time.perf_counter()
+        return turns
+
+    def _spent(self) -> float:
+        return 1000 * (time.perf_counter() - self.began)
+
+    def _saved(self, turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
+        kept: list[Losses] = []
+        self.saved[turn.player] = saved_bytes(lambda: kept.append(turn.loss(nets, batch, rng)))
+        return kept[0]
+
+    def _bare(self, name: str, grad: bool, rows: int) -> None:
+        """Times a forward pass of a network, and a backward one if it is to have a gradient."""
+        teacher, role = self.study.teacher, self.study.roles[name]
+        cond, shape, *_ = self.source.draw(rows, stream(0, 0, 0, 0))
+        x, t = torch.randn(shape), teacher.schedule.model_time(torch.full((rows,), 0.5, dtype=torch.float64)).float()
+        role.requires_grad_(grad)
+        self.began = time.perf_counter()
+        with torch.set_grad_enabled(grad):
+            out = teacher.family.call(role, x, t, cond)
+            if grad:
+                out.sum().backward()
+        self.bare[name, grad, rows].append(self._spent())
+        role.zero_grad(set_to_none=True)
 
 
 def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
     """The numbers of one kind of roles."""
     role = {"weights": weights, "rank": 16}
+    rounds = repeats + 3  # after the last one a checkpoint is written: it is not among those timed
+    train = {"batch": BATCH, "rounds": rounds, "log_every": rounds, "save_every": rounds}
     tree = {"teacher": {"path": path, "guidance": 3.0}, "student": role, "critic": role, "objective": {"name": "dmd"}}
-    config = parse({**tree, "data": {"prompts": "zoo:sprites"}, "train": {"batch": BATCH}})
-    study = open_study(config)
+    study = open_study(parse({**tree, "data": {"prompts": "zoo:sprites"}, "train": train}))
     source = open_source(study.teacher, prompts="zoo:sprites", images=None, images_needed=False, cache=None, progress=False)
-    accelerator = trainer.make_accelerator(config.train)
-    players = {n: trainer.Player(study.roles[n], config.train, accelerator, restarts=False) for n in ("student", "critic")}
-    nets = study.nets({**study.roles, **{n: p.module for n, p in players.items()}})
-
-    def turn(number: int, i: int, kind: Any, update: bool = True) -> None:
-        rng = stream(0, 0, number, i)
-        cond, shape, *_ = source.draw(BATCH, rng.child("data"))
-        for name, player in players.items():
-            player.role.requires_grad_(name == kind.player)
-        losses = kind.loss(nets, Batch(cond, shape), rng)
-        if update:
-            losses.total.backward()
-            players[kind.player].update(1e-5, 1.0)
-
-    def one_round(number: int = 0) -> None:
-        for i, kind in enumerate(config.objective.round(number)):
-            turn(number, i, kind)
-
-    one_round()
-    with Waits() as waits, Passes(study.roles) as counted:
-        one_round()
-    made = {(name, rows, graph): times for (name, graph, rows), times in counted.made.items()}
-    kinds = {t.player: t for t in config.objective.round(0)}
-    saved = {}
-    for name, kind in kinds.items():
-        saved[name] = saved_bytes(lambda kind=kind: turn(0, 0, kind, update=False))
-    cond, shape, *_ = source.draw(2 * BATCH, stream(0, 0, 0, 0))
-    x, t = torch.randn(shape), torch.full((2 * BATCH,), 0.5, dtype=torch.float64)
-
-    def bare(name: str, n: int, grad: bool) -> None:
-        study.roles[name].requires_grad_(grad)
-        with torch.set_grad_enabled(grad):
-            time_ = study.teacher.schedule.model_time(t[:n]).float()
-            out = study.teacher.family.call(study.roles[name], x[:n], time_, cond[:n])
-            if grad:
-                out.sum().backward()
-
-    passes: dict[str, Callable[[], Any]] = {f"{n} {b} {g}": (lambda n=n, b=b, g=g: bare(n, b, g)) for n, b, g in made}
-    ms = median_ms({"round": one_round, **passes}, repeats)
-    total = sum(ms[f"{n} {b} {g}"] * count for (n, b, g), count in made.items())
+    clocked: Any = Clocked(study, source)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(Job(clocked, study.roles, study.nets, source, study.config.train, Path(folder)))
+    ms = {kind: statistics.median(times) for kind, times in clocked.bare.items()}
+    must = [sum(ms[kind] * count for kind, count in made.items()) for _, made in clocked.rounds]
+    passes = sum((made for _, made in clocked.rounds), Counter[Kind]())
     return {
         "roles": weights,
-        "passes": {f"{n}, batch {b}, {'with' if g else 'no'} gradient": c for (n, b, g), c in made.items()},
-        "round_ms": round(ms["round"], 1),
-        "bare_passes_ms": round(total, 1),
-        "ratio": round(ms["round"] / total, 3),
-        "host_waits_a_round": waits.count,
-        "saved_activation_bytes": saved,
+        "passes": {f"{n}, batch {b}, {'with' if g else 'no'} gradient": round(c / repeats, 2) for (n, g, b), c in passes.items()},
+        "round_ms": round(statistics.median(spent for spent, _ in clocked.rounds), 1),
+        "bare_passes_ms": round(statistics.median(must), 1),
+        "ratio": round(statistics.median(spent / least for (spent, _), least in zip(clocked.rounds, must, strict=True)), 3),
+        "host_waits_a_round": clocked.waits.count,
+        "saved_activation_bytes": clocked.saved,
     }
 
 
