@@ -11,6 +11,7 @@ import typer
 from fewstep import api
 from fewstep.config import parse
 from fewstep.evaluation import results
+from fewstep.export import refuse_foreign
 from fewstep.judging import check_files, evaluate, report_runs, table
 from fewstep.verify import verify
 
@@ -34,8 +35,7 @@ def run(out: Path) -> None:
     torch.set_num_threads(1)  # networks this small lose more to waiting threads on a busy machine than a second one gains
     folder, numbers, page, export = out / "run", out / "results.json", out / "report.html", out / "export"
     check_files(PROTOCOL, [numbers, folder / "results.json"], page)
-    if export.exists() and not (export / "fewstep.json").is_file() and (not export.is_dir() or any(export.iterdir())):
-        raise ValueError(f"{export} is there and is no export; name another folder with --out")
+    refuse_foreign(export)
     config = parse(CONFIG)
     typer.echo(f"1/4 distilling {config.teacher.path} with {config.objective.steps}-step dmd on this CPU")
     done = api.train(config, folder, resume=(folder / "config.yaml").exists())

@@ -11,8 +11,9 @@ from fewstep import api, demo
         ("results.json", "results.json is there and is no results file of fewstep"),
         ("run/results.json", "results.json is there and is no results file of fewstep"),
         ("report.html", "report.html is there and is no report of fewstep"),
-        ("export/mine.txt", "export is there and is no export; name another folder with --out"),
-        ("export", "export is there and is no export"),
+        ("export/mine.txt", "export holds something that is not a fewstep export"),
+        ("export", "export holds something that is not a fewstep export"),
+        ("export/fewstep.json", "does not list the export's files"),
     ],
 )
 def test_what_the_demo_did_not_make_is_refused_before_training(tmp_path, monkeypatch, file, said):

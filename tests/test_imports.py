@@ -102,7 +102,7 @@ MAY_IMPORT = {
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),
     "push": {"proof"},
-    "demo": {"api", "config", "evaluation", "judging", "verify"},
+    "demo": {"api", "config", "evaluation", "export", "judging", "verify"},
     "cli": COMMANDS | {"api", "config", "verify"},
     "__main__": {"cli"},
     "": {"api", "adapters"},  # fewstep/__init__.py: its lazy public names
