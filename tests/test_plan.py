@@ -1,6 +1,7 @@
 """plan: what a config would do, told without weights, and every config that ships."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,22 @@ def test_a_plan_tells_the_truth_and_reads_no_weights(folders, tmp_path, name):
     assert found["trained parameters"] == {k: sum(p.numel() for p in study.roles[k].parameters()) for k in ("student", "critic")}
     assert found["sampler"].startswith(study.sampler)
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "objective", "student", "at"),
+    [
+        ("sprites-sd", {"name": "dmd", "steps": 1}, {}, "14.6 times.*timestep: 399 it is 1.2 times"),
+        ("sprites-sd", {"name": "sid", "steps": 4}, {"weights": "lora"}, "14.6 times.*timestep: 699 it is 3.3 times"),
+        ("sprites-sd", {"name": "dmd", "steps": 1}, {"conditioning_timestep": 399}, None),
+        ("sprites-sd", {"name": "tcd", "steps": 4}, {}, None),  # learns from noised data, and may not begin elsewhere
+        ("sprites-flow", {"name": "dmd", "steps": 1}, {}, None),  # a velocity's error is no larger at the noise end
+    ],
+)
+def test_a_plan_says_where_an_error_of_noise_is_large_in_the_picture(teacher, objective, student, at):
+    data = {"images": "zoo:sprites"} if objective["name"] == "tcd" else {"prompts": "zoo:sprites"}
+    found = plan(parse(tree(teacher={"path": f"zoo:{teacher}"}, objective=objective, student=student, data=data)))
+    assert ("advice" not in found) if at is None else re.search(at, found["advice"])
 
 
 def test_a_plan_refuses_what_could_not_be_trained(folders, tmp_path):
