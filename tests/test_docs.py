@@ -69,6 +69,22 @@ def test_the_readme_config_is_one_that_parses():
     assert parse(yaml.safe_load(text)).objective.steps == 4
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "eval/LEADERBOARD.md"])
+def test_what_a_document_links_to_in_the_checkout_is_there(name):
+    file = ROOT / name
+    text = file.read_text()
+    headings = {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in re.findall(r"^#+ (.+)$", text, re.M)}
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, heading = link.partition("#")
+        assert "://" in link or (heading in headings if not place else (file.parent / place).exists()), link
+
+
+def test_every_config_that_a_document_names_is_there():
+    for name in ("README.md", "CONTRIBUTING.md"):
+        for place in re.findall(r"configs/[\w/.-]+\.yaml", (ROOT / name).read_text()):
+            assert (ROOT / place).exists(), f"{name}: {place}"
+
+
 def test_config_headers_name_their_own_file():
     for file in (ROOT / "configs").rglob("*.yaml"):
         assert str(file.relative_to(ROOT)) in file.read_text().split("teacher:")[0], file
