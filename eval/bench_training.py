@@ -1,4 +1,4 @@
-"""What training costs beyond its network passes: `python eval/bench_training.py [--teacher zoo:sprites-sd] [--out FILE.json]`.
+"""What training costs beyond its network passes, on the CPU: `python eval/bench_training.py [--teacher NAME] [--out FILE.json]`.
 
 For dmd with full and with LoRA roles: the time of a round of `fit` over the sum of the bare passes it must make (side by side,
 in alternation, because machines are noisy), host synchronisations a round, saved activation bytes of each turn, `fewstep --help`.
@@ -112,7 +112,7 @@ def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
     """The numbers of one kind of roles."""
     role = {"weights": weights, "rank": 16}
     rounds = repeats + 3  # after the last one a checkpoint is written: it is not among those timed
-    train = {"batch": BATCH, "rounds": rounds, "log_every": rounds, "save_every": rounds}
+    train = {"batch": BATCH, "rounds": rounds, "log_every": rounds, "save_every": rounds, "device": "cpu"}
     tree = {"teacher": {"path": path, "guidance": 3.0}, "student": role, "critic": role, "objective": {"name": "dmd"}}
     study = open_study(parse({**tree, "data": {"prompts": "zoo:sprites"}, "train": train}))
     source = open_source(study.teacher, prompts="zoo:sprites", images=None, images_needed=False, cache=None, progress=False)
