@@ -29,9 +29,10 @@ class RCM(Objective):
     """scm, which covers every mode, and on the student's own samples the score difference of dmd, which keeps them sharp.
 
     mean, std: of ln(sigma / alpha) for the consistency half (the paper's for images: -0.8, 1.6); score_mean, score_std: of the
-    times at which samples are noised again, for scores and in rollouts (0, 1.6). score_weight: lambda, 0.01. rollout_steps: most
-    steps of the rollout that a sample comes from, at random times. critic_turns: critic updates a student update (4 or 9).
-    warmup: rounds of consistency alone, its tangent let in slowly (the authors find it dispensable). floor, derivative: see scm.
+    times at which samples are noised again, for scores and in rollouts (0, 1.6). score_weight: lambda, 0.01 (small teachers want
+    more: configs/sprites-sd-rcm-2step-full.yaml has 0.2). rollout_steps: most steps of the rollout that a sample comes from, at
+    random times. critic_turns: critic updates a student update (4 or 9). warmup: rounds of consistency alone, its tangent let in
+    slowly (the authors find it dispensable). floor, derivative: see scm.
     Images (latents) are needed. Deviations: the tangent's warm-up is sCM's, which is the same once it is over; a batch without
     a finite tangent is not masked, but the trainer's to skip; a rollout's length is drawn, not cycled through.
     """
