@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,8 +50,13 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _since(began: float) -> float:
+    """Milliseconds since then."""
+    return 1000 * (time.perf_counter() - began)
+
+
 class Clocked:
-    """An objective as `fit` plays it, watched where one round ends and the next begins.
+    """An objective as `fit` plays it, watched.
 
     Round 0 warms up, in round 1 waits and saved activations are counted. Those after it are timed and their passes counted, for
     a rollout's length is drawn; between them, in alternation because machines are noisy, every kind of pass is made bare."""
@@ -61,32 +67,26 @@ class Clocked:
         self.saved: dict[str, int] = {}
         self.rounds: list[tuple[float, Counter[Kind]]] = []
         self.bare: defaultdict[Kind, list[float]] = defaultdict(list)
-        self.began = 0.0
 
     @property
     def needs(self) -> Needs:
         return self.inner.needs
 
-    def round(self, step: int) -> list[Turn]:
+    def round(self, step: int) -> Iterator[Turn]:
         turns = self.inner.round(step)
-        if step == 1:
-            self.waits.__enter__()
-            return [replace(turn, loss=partial(self._saved, turn)) for turn in turns]
-        if step == 2:
-            self.waits.__exit__(None, None, None)
-        if step > 2:
-            self.rounds.append((self._spent(), self.passes.made.copy()))
-            self.passes.__exit__()
+        if step == 0:
+            yield from turns
+        elif step == 1:
+            with self.waits:
+                yield from (replace(turn, loss=partial(self._saved, turn)) for turn in turns)
+        else:
+            began = time.perf_counter()
+            with self.passes:
+                yield from turns  # the trainer makes the updates
+            self.rounds.append((_since(began), self.passes.made.copy()))
             for kind in self.passes.made:
                 self._bare(*kind)
             self.passes.made.clear()
-        if step >= 2:
-            self.passes.__enter__()
-        self.began = time.perf_counter()
-        return turns
-
-    def _spent(self) -> float:
-        return 1000 * (time.perf_counter() - self.began)
 
     def _saved(self, turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         kept: list[Losses] = []
@@ -99,19 +99,19 @@ class Clocked:
         cond, shape, *_ = self.source.draw(rows, stream(0, 0, 0, 0))
         x, t = torch.randn(shape), teacher.schedule.model_time(torch.full((rows,), 0.5, dtype=torch.float64)).float()
         role.requires_grad_(grad)
-        self.began = time.perf_counter()
+        began = time.perf_counter()
         with torch.set_grad_enabled(grad):
             out = teacher.family.call(role, x, t, cond)
             if grad:
                 out.sum().backward()
-        self.bare[name, grad, rows].append(self._spent())
+        self.bare[name, grad, rows].append(_since(began))
         role.zero_grad(set_to_none=True)
 
 
 def bench(path: str, weights: str, repeats: int) -> dict[str, Any]:
     """The numbers of one kind of roles."""
     role = {"weights": weights, "rank": 16}
-    rounds = repeats + 3  # after the last one a checkpoint is written: it is not among those timed
+    rounds = repeats + 2
     train = {"batch": BATCH, "rounds": rounds, "log_every": rounds, "save_every": rounds, "device": "cpu"}
     tree = {"teacher": {"path": path, "guidance": 3.0}, "student": role, "critic": role, "objective": {"name": "dmd"}}
     study = open_study(parse({**tree, "data": {"prompts": "zoo:sprites"}, "train": train}))

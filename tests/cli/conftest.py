@@ -49,6 +49,7 @@ def command(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TQDM_DISABLE", "1")  # `main` sets it; here it must not outlive the test
     monkeypatch.setattr(api.Preview, "__call__", lambda *_: None)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `main` sets it
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # else usage names `python -m pytest`, where that runs
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -67,10 +66,9 @@ def test_a_run_from_another_folder_and_how_to_go_on_from_there(command, trained,
 
 
 def test_alone_it_is_help_and_it_knows_its_version(command):
-    usage = r"Usage: .*\bfewstep \[OPTIONS\] COMMAND"  # the program's name is that of the process which asks
-    for arguments, said in ((), usage), (("--version",), re.escape(f"fewstep {__version__}")), (("-h",), usage):
+    for arguments, said in ((), "Usage: fewstep"), (("--version",), f"fewstep {__version__}"), (("-h",), "Usage: fewstep"):
         done = command(*arguments)
-        assert (done.code, done.err) == (0, "") and re.match(said, done.out)
+        assert (done.code, done.err) == (0, "") and done.out.startswith(said)
 
 
 def test_a_warning_is_one_line(command):
