@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -25,10 +25,9 @@ from fewstep.heads import Discriminator
 from fewstep.networks import Role, set_weights
 from fewstep.objectives import Nets
 from fewstep.objectives.ranges import check_fed
-from fewstep.objectives.samplers import deployed_sampler
 from fewstep.painting import generate
 from fewstep.pixels import looking
-from fewstep.plain import name_of, stepped
+from fewstep.plain import stepped
 from fewstep.preview import Preview
 from fewstep.roles import roles_of
 from fewstep.sampling import STEPS
@@ -36,6 +35,7 @@ from fewstep.slim import try_out
 from fewstep.stages import Stage, claimed, find, stages_of, store
 from fewstep.trainer import Job, fit, make_accelerator, runs_on_cpu
 from fewstep.verify import Report, verify
+from fewstep.walks import Walk, as_deployed, walk_of
 
 Place = str | Path
 Part = str | Mapping[str, Any]  # the name that a part of a config turns on, or the whole part
@@ -48,8 +48,15 @@ class Study:
     config: Config
     teacher: Teacher
     roles: dict[str, Role | PhasedExperts]
-    sampler: str
-    grid: tuple[float, ...]
+    walk: Walk
+
+    @property
+    def sampler(self) -> str:
+        return self.walk.sampler
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        return self.walk.grid
 
     @property
     def guidance(self) -> float:
@@ -62,7 +69,7 @@ class Study:
     @cached_property
     def deployed(self) -> Teacher:
         """The teacher's pipeline as the student is deployed in it."""
-        return _deployed(self.teacher, self.config)
+        return as_deployed(self.teacher, self.config)
 
     @cached_property
     def null(self) -> Cond:
@@ -91,8 +98,9 @@ class Study:
         if "heads" in modules:
             taps, eyes = heads.taps_on(self.roles[heads.backbone].net), self.player(modules[heads.backbone])
             judge = Discriminator(looking(eyes, heads), taps, modules["heads"])
-        student, teacher = self.student(modules["student"]), self.teaching(modules)
-        return Nets(student, teacher, self.grid, STEPS[self.sampler], critic, judge, average, modules.get("weighting"))
+        student, teacher, weighting = self.student(modules["student"]), self.teaching(modules), modules.get("weighting")
+        step, finer = STEPS[self.sampler], self.walk.finer.__getitem__
+        return Nets(student, teacher, self.grid, step, critic, judge, average, weighting, finer=finer)
 
     def teaching(self, modules: Mapping[str, nn.Module]) -> Denoiser | Guided:
         """The guided teacher, or the earlier student that teaches, which what taught it has guided, or which is fed its scale."""
@@ -111,7 +119,7 @@ class Study:
         if tutor is None or needs.originals or not needs.pairs:
             return Pairs(self.guided(self.roles["teacher"]), data.pairs, data.pairs_steps)
         known = f"{self.config.student_kind()} {digest(self.roles['tutor'].weights())}"
-        return Pairs(self.teaching(self.roles), data.pairs, data.pairs_steps, _drawn(self.teacher, tutor)[0], known)
+        return Pairs(self.teaching(self.roles), data.pairs, data.pairs_steps, walk_of(self.teacher, tutor).sampler, known)
 
     def encoded(self, painting: bool) -> None:
         """Lets go of the text encoders, as all is encoded, and of the autoencoder where no picture is drawn or judged."""
@@ -149,19 +157,9 @@ def open_study(config: Config) -> Study:
 
 def study_of(config: Config, teacher: Teacher) -> Study:
     """The roles of a config on its teacher's network."""
-    sampler, grid = _drawn(teacher, config)
-    check_fed(config.objective.needs.scales, _guidance(teacher, config), embedded=teacher.family.embedded)
-    return Study(config, teacher, roles_of(config, teacher), sampler, grid)
-
-
-def _deployed(teacher: Teacher, config: Config) -> Teacher:
-    return replace(teacher, first=config.student.conditioning_timestep)
-
-
-def _drawn(teacher: Teacher, config: Config) -> tuple[str, tuple[float, ...]]:
-    """(sampler, grid) of the student. Raises ValueError where no stock pipeline would step so."""
-    sampler = deployed_sampler(name_of(config.objective), config.objective, teacher.family.samplers)
-    return sampler, _deployed(teacher, config).deployed_grid(config.objective.steps, sampler)
+    walk, needs = walk_of(teacher, config), config.objective.needs
+    check_fed(needs.scales, _guidance(teacher, config), embedded=teacher.family.embedded, mixes=needs.mixes)
+    return Study(config, teacher, roles_of(config, teacher), walk)
 
 
 def _guidance(teacher: Teacher, config: Config) -> float:
@@ -186,7 +184,7 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
     parts = config.phases > 1 or config.objective.needs.partly or len(study.teacher.components) > 1
     accelerator = make_accelerator(config.train, partly=parts)
     for part in whole.stages:
-        _drawn(study.teacher, part)  # refused now, not when its turn comes
+        walk_of(study.teacher, part)  # refused now, not when its turn comes
     stage.begin(study.roles)
     for name in {"teacher", "tutor"} & study.roles.keys():  # who draws pairs
         study.roles[name].net.to(accelerator.device)
@@ -260,7 +258,7 @@ class Run:
             record["results"] = json.loads(results.read_text())
         wish = self.config.teacher  # loaded afresh: the study's network carries the adapters
         return export(
-            _deployed(load_teacher(wish.path, size=wish.size, guidance=wish.guidance), self.config),
+            as_deployed(load_teacher(wish.path, size=wish.size, guidance=wish.guidance), self.config),
             self.config.student_kind(),
             self.weights,
             guidance=self.study.guidance,

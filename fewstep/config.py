@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
-from fewstep.embedders import END
 from fewstep.networks import Full, Lora, expert_names
 from fewstep.objectives import Objective
 from fewstep.plain import (
@@ -28,6 +27,7 @@ from fewstep.plain import (
     staged,
     told,
 )
+from fewstep.succession import check_start
 from fewstep.trainer import Settings
 
 
@@ -172,13 +172,6 @@ def parse(tree: Mapping[str, Any]) -> Config:
     return found[-1].model_copy(update={"stages": tuple(found)})
 
 
-def tutor(config: Config, number: int) -> int | None:
-    """Which stage's student teaches stage `number` of a run, from 1; None where the teacher on the path does."""
-    if config.teacher.net == "original":
-        return None
-    return number - 1 if config.teacher.net == "previous" else int(config.teacher.net.removeprefix("stage-"))
-
-
 def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
     """A config; before: the stages that it comes after."""
     for part, kind in (("teacher", TeacherConfig), ("student", StudentConfig), ("critic", WeightsConfig), ("data", DataConfig)):
@@ -206,12 +199,12 @@ def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
         )
     if config.student.network and config.student.weights != "full":
         raise ValueError("student.network makes a network of its own, which a LoRA cannot be: set student.weights: full")
-    if (needs.inputs or needs.average is not None) and config.phases > 1:
+    kinds, followed = config.kinds(), any(turn.followers for turn in config.objective.round(0))
+    if (needs.inputs or needs.average is not None or followed) and config.phases > 1:
         raise ValueError(
             f"objective {name}, set like this, wants a student of one network, not of {config.phases} experts: "
             "leave student.phases away"
         )
-    kinds = config.kinds()
     for turn in config.objective.round(0):
         for role in turn.followers:
             if role not in kinds or kinds[role] != kinds.get(turn.player):
@@ -248,45 +241,8 @@ def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
         raise ValueError(
             f"student.conditioning_timestep: objective {name} asks its student at the time of its input's noise; leave it away"
         )
-    _check_start(config, before)
+    check_start(config, before)
     return config
-
-
-def _check_start(config: Config, before: Sequence[Config]) -> None:
-    """Raises ValueError where a student cannot start from that of the last stage, or not be taught by that of an earlier one."""
-    teaching, kind = tutor(config, len(before) + 1), config.student_kind()
-    if teaching is not None and not 1 <= teaching <= len(before):
-        raise ValueError(f"teacher: no stage comes before this one that {config.teacher.net} could name; leave it away")
-    if before and (config.teacher.path, config.teacher.size) != (before[-1].teacher.path, before[-1].teacher.size):
-        raise ValueError("teacher: the stages of a run share one path and one size; write them once, above the stages")
-    for old in (*before[-1:], *([before[teaching - 1]] if teaching else [])):
-        if isinstance(kind, Lora) and kind != old.student_kind():
-            raise ValueError(
-                "student: a LoRA goes on from a LoRA of the same rank and alpha; "
-                "write the same student in the stages before, or student: {weights: full} in this one"
-            )
-        if config.student.network != old.student.network:
-            raise ValueError("student.network: the stages of a run share one network; write it once, above the stages")
-        if lost := sorted({*_inputs(old)} - {*_inputs(config)}):
-            raise ValueError(f"objective: the student before takes the {lost[0]}, which this objective does not tell it")
-        if old.phases not in (1, config.phases):
-            raise ValueError(
-                f"student.phases: {config.phases} cannot go on from the {old.phases} of a stage before; set the same"
-            )
-    if teaching and before[teaching - 1].student.conditioning_timestep is not None:
-        raise ValueError(
-            f"teacher: a student with a conditioning_timestep knows its own walk alone; leave {config.teacher.net} away"
-        )
-    if teaching and (config.phases > 1 or _inputs(before[teaching - 1]) != _inputs(config) or END in _inputs(config)):
-        raise ValueError(
-            "teacher: only a student of one network that takes what this one takes, and no end of its jump, can teach it; "
-            f"leave {config.teacher.net} away"
-        )
-
-
-def _inputs(config: Config) -> tuple[str, ...]:
-    kind = config.student_kind()
-    return kind.inputs if isinstance(kind, Full) else ()
 
 
 def differences(old: Config, new: Config, free: Sequence[str] = ()) -> list[str]:

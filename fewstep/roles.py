@@ -29,6 +29,8 @@ def roles_of(config: Config, teacher: Teacher) -> dict[str, Role | PhasedExperts
     )
     if (backend := ATTENTION[config.train.attention]) != "native":
         attend(built.values(), backend)
+    if objective.needs.heads.backbone == "pixels" and len(teacher.latent_shape) > 3:
+        raise ValueError("objective: pixel heads look at pictures, and this teacher draws videos; use dmd2, ladd or projected")
     roles = gather(built, config.phases, family.call) | weighting_role(objective.needs.roles)
     if "heads" in objective.needs.roles:
         roles |= pixels_role(objective.needs.heads, partial(family.decode, teacher.pipe), getattr(teacher.pipe, "vae", None))

@@ -15,10 +15,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fewstep import checkpoint
-from fewstep.config import Config, differences, load, tutor
+from fewstep.config import Config, differences, load
 from fewstep.experts import PhasedExperts, apart
 from fewstep.loraformat import fold, merge
 from fewstep.networks import Lora, Role, set_weights
+from fewstep.succession import tutor
 from fewstep.trainer import Settings
 
 # What may change when a run goes on: how long it is and how often it reports.

@@ -81,7 +81,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(wrong, said):
         ({"train": {"dtype": "float16"}}, "train.dtype: "),
         ({"objective": {"name": "dmd", "steps": "four"}}, "objective: steps: "),
         (judged(steps="four"), "objective: inner: steps: "),
-        (judged(name="adversarial"), "objective: inner: adversarial is a wrapper already"),
+        (judged(name="adversarial"), "objective: inner: it trains heads of its own"),
         ({"objective": {"name": "adversarial", "loss": "harsh"}}, "objective: loss: "),
         (
             {"objective": {"name": "consistency", "steps": 4, "segments": 3}, "data": {"images": "x"}},
@@ -170,6 +170,46 @@ def test_a_follower_has_the_weights_of_its_leader():
     parse(following | {"student": {"rank": 8}, "critic": {"rank": 8}})
     said = refusal(following | {"student": {"rank": 8}, "critic": {"rank": 16}})
     assert "the critic follows the student, so both need the same weights" in said
+    said = refusal(following | {"student": {"rank": 8, "phases": 2}, "critic": {"rank": 8}})
+    assert "objective dmd, set like this, wants a student of one network, not of 2 experts: leave student.phases away" in said
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "where"),
+    [
+        ({"name": "progressive", "steps": 8}, {"name": "progressive", "steps": 2}, "at those of 4 steps"),
+        ({"name": "progressive", "steps": 4}, {"name": "consistency", "steps": 4}, "anywhere"),
+        ({"name": "dmd", "steps": 4}, {"name": "consistency", "steps": 4}, "anywhere"),
+        ({"name": "boot", "steps": 1}, {"name": "progressive", "steps": 1}, "at those of 2 steps"),
+        (
+            {"name": "adversarial_distance", "inner": {"name": "progressive", "steps": 8}, "conditional": False},
+            {"name": "adversarial_distance", "inner": {"name": "progressive", "steps": 2}, "conditional": False},
+            "at those of 4 steps",
+        ),
+    ],
+)
+def test_a_tutor_is_asked_only_where_it_was_trained(first, then, where):
+    images, steps = {"images": "zoo:sprites"}, first.get("steps", 8)
+    stages = [{"objective": first}, {"teacher": "previous", "objective": then}]
+    said = refusal(tree(data=images, stages=stages))
+    assert f"stages.2: teacher: the student of previous knows the times of its own {steps} steps alone" in said
+    assert f"this objective would ask it {where}; leave it away, or halve its steps by progressive" in said
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"name": "progressive", "steps": 8}, {"name": "progressive", "steps": 4}),
+        ({"name": "guidance"}, {"name": "progressive", "steps": 2, "guidance": [1.0, 8.0]}),
+        ({"name": "progressive", "steps": 8}, {"name": "progressive", "steps": 2, "factor": 4}),
+        ({"name": "progressive", "steps": 4}, {"name": "regression", "steps": 1}),
+        ({"name": "tcd", "steps": 4}, {"name": "progressive", "steps": 1}),
+    ],
+)
+def test_a_tutor_that_knows_the_times_may_teach(first, then):
+    data = {"prompts": "zoo:sprites", "pairs": 8}
+    stages = [{"objective": first}, {"teacher": "previous", "objective": then}]
+    assert len(parse(tree(data=data, student={"weights": "full"}, stages=stages)).stages) == 2
 
 
 @pytest.mark.parametrize("more", [{"guidance": [2.0, 6.0]}, {"average": 0.95}])

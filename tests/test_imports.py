@@ -84,16 +84,18 @@ MAY_IMPORT = {
     "weighting": {"embedders", "networks"},
     # where all is joined
     "plain": {"objectives", "hints"},
-    "config": DENOISER | PARTS | {"objectives", "networks", "trainer", "plain", "embedders", "shapes"},
+    "succession": {"embedders", "networks"},
+    "config": DENOISER | PARTS | {"objectives", "networks", "trainer", "plain", "embedders", "shapes", "succession"},
     "roles": {"adapters", "config", "experts", "networks", "pixels", "storage", "weighting"},
     "identity": {"checkpoint", "data"},
-    "stages": {"checkpoint", "config", "experts", "loraformat", "networks", "trainer"},
+    "walks": {"adapters", "config", "objectives", "plain"},
+    "stages": {"checkpoint", "config", "experts", "loraformat", "networks", "trainer", "succession"},
     "api": DENOISER
     | PARTS
     | SIDE_DOORS
     | LOOP
     | {"objectives", "verify", "evaluation", "zoo", "config", "painting", "pixels", "plain", "preview", "stages", "slim"}
-    | {"exported", "identity", "roles"},
+    | {"exported", "identity", "roles", "walks"},
     # what the commands do; Run.evaluate, which is below, finds judging by its name when it is asked
     "plan": {"config", "weightless", "api"},
     "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "api"},

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from tiny import save
+from tiny.video import tiny_ltx_pipeline
 from torch import nn
 from toys import NOTHING
 
 from fewstep import api
+from fewstep.adapters import load_teacher
 from fewstep.config import parse
 from fewstep.heads import Heads
 from fewstep.pixels import Pixels, open_pixels
@@ -93,3 +96,9 @@ def test_a_config_trains_heads_on_pixels_of_the_zoos_own_tower():
 def test_a_feature_network_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="names no open_clip model; use zoo:sprites-clip"):
         open_pixels("dino", lambda x: x, None)
+
+
+def test_a_teacher_of_videos_is_refused_before_anything_is_trained(tmp_path):
+    teacher = load_teacher(str(save(tiny_ltx_pipeline(), tmp_path)), size=(9, 32, 64))
+    with pytest.raises(ValueError, match="pixel heads look at pictures, and this teacher draws videos; use dmd2, ladd"):
+        api.study_of(config(), teacher)

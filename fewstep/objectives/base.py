@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.denoiser import Cond, Denoiser, Guided, Prediction
 from fewstep.heads import Heads, Point
 from fewstep.losses import mse
-from fewstep.sampling import Step, rollout
+from fewstep.sampling import Step, rollout, uniform_grid
 from fewstep.stream import Stream
 from fewstep.times import Uniform
 
@@ -50,7 +50,7 @@ class Nets:
     """The players as denoisers, and how the student will be deployed: its times and its step. average: the student with a moving
     average of its weights, where `Needs.average` asks for one. weighting: log-weights (B,) of losses at times (B,), which the
     role of that name learns. everywhere: the mean of a tensor over all processes, which hold as many samples each; without a
-    graph."""
+    graph. finer: the times at which a student of so many steps would be deployed."""
 
     student: Denoiser
     teacher: Denoiser | Guided
@@ -61,6 +61,7 @@ class Nets:
     average: Denoiser | None = None
     weighting: Callable[[Tensor], Tensor] | None = None
     everywhere: Callable[[Tensor], Tensor] = Tensor.detach
+    finer: Callable[[int], tuple[float, ...]] = uniform_grid
 
     def level(self, t: float) -> float:
         """The time that says how noisy the student's own input is at a time of its grid: at the first stands pure noise, whatever
@@ -124,7 +125,7 @@ class Needs:
     scales: from which to which the former is; phases: how many experts the student must be, if not one network; restarts: the
     roles that some turn starts afresh; rounds: below how many of them the method would end unfinished; average: decay of a moving
     average of the student to ask for targets;
-    partly: some turn asks a part of its player alone."""
+    partly: some turn asks a part of its player alone; mixes: it guides at scales of its own, by two predictions."""
 
     roles: tuple[str, ...] = ()
     images: bool = False
@@ -138,6 +139,7 @@ class Needs:
     rounds: int = 1
     average: float | None = None
     partly: bool = False
+    mixes: bool = False
 
 
 class Objective(ABC):
@@ -169,6 +171,28 @@ class Objective(ABC):
         time (`student.conditioning_timestep`); others learn from noised data, whose time says how much noise there is."""
         return False
 
+    @property
+    def local(self) -> bool:
+        """Whether its student knows the times of its own steps alone, and can teach only who asks it there."""
+        return self.walks or self.samplers == ()
+
+    @property
+    def asks(self) -> int | None:
+        """The number of deployed steps at whose times it asks its teacher; 0: never, as it learns from pairs; None: anywhere."""
+        return None
+
+    @property
+    def draws(self) -> bool:
+        """Whether the sample that its student's losses hand on is one that the student could draw, and no point on the way to
+        one: what heads judge beside real data."""
+        return True
+
+    @property
+    def audible(self) -> bool:
+        """Whether its critic, if it has one, is asked under the prompts as they are, so that heads may judge by those passes;
+        one that is guided is asked under none, too, or of some samples alone."""
+        return True
+
     @abstractmethod
     def round(self, step: int) -> list[Turn]:
         """The turns of round `step`, in order."""
@@ -194,6 +218,14 @@ class Wrapper(Objective):
     @property
     def walks(self) -> bool:
         return self.inner.walks
+
+    @property
+    def local(self) -> bool:
+        return self.inner.local
+
+    @property
+    def asks(self) -> int | None:
+        return self.inner.asks
 
 
 REGISTRY: dict[str, type[Objective]] = {}
@@ -244,11 +276,13 @@ def simulate_step(nets: Nets, batch: Batch, rng: Stream, among: range | None = N
     return nets.grid[k], nets.student(x, full(nets.grid[k], len(x)), batch.cond)
 
 
-def denoise(critic: Denoiser, batch: Batch, x: Tensor, low: float, rng: Stream, *, by: Denoiser | Guided | None = None) -> Losses:
-    """The loss that makes a critic know the law of x (B, C, *S): its native target at uniform times in (low, 1].
+def denoise(
+    critic: Denoiser, batch: Batch, x: Tensor, times: Uniform, rng: Stream, *, by: Denoiser | Guided | None = None
+) -> Losses:
+    """The loss that makes a critic know the law of x (B, C, *S): its native target at times of that law.
 
     by: who predicts, where that is not the critic alone but a guided combination of its two predictions."""
-    t = Uniform(low, 1.0).sample(len(x), rng)
+    t = times.sample(len(x), rng)
     eps = rng.normal_like(x)
     prediction = (by or critic)(critic.schedule.add_noise(x, eps, t), t, batch.cond)
     stats = {"denoise_linear": critic.linear_loss(x, t).mean()}  # what the monitors hold the loss against

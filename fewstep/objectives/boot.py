@@ -50,6 +50,10 @@ class Boot(Objective):
     def samplers(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def draws(self) -> bool:
+        return False
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from fewstep.denoiser import Cond, Denoiser, Prediction
 from fewstep.losses import mse, pseudo_huber
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.ranges import at_least, check_scales, share
+from fewstep.objectives.grids import check_grid, first_of_segment, scales, solver_times
+from fewstep.objectives.ranges import check_scales, part, positive
 from fewstep.objectives.solvers import Solver, first_order
 from fewstep.sampling import ddim
 from fewstep.schedules import like
@@ -25,10 +26,11 @@ class Consistency(Objective):
     """On a segment [edge, next edge] of the teacher's trajectory, every point is mapped to the segment's lower edge: the
     student's jump from x_t must end where its own jump from the teacher's next point x_s ends.
 
-    steps: of the deployed student, whose times are also the places where segments may meet. segments: how many (None: `steps`, as
-    in PCM, arXiv 2405.18407; 1 is LCM, arXiv 2310.04378; it must divide `steps`). solver_steps: teacher steps from noise to clean
-    (a multiple of `steps`). huber: c of the pseudo-Huber distance (None: mean squared error). guidance: range of the scales
-    g = 1 + w that LCM with full weights draws and feeds to the student's network (None: the teacher's one scale, nothing fed).
+    steps: of the deployed student. segments: how many, 1 (LCM, arXiv 2310.04378) or `steps` (None; PCM, arXiv 2405.18407), which
+    then meet at the deployed times; jumps past some of these, to the edges of fewer segments, are known to no sampler (`tcd`'s
+    are). solver_steps: teacher steps from noise to clean (a multiple of `steps`). huber: c of the pseudo-Huber distance (None:
+    mean squared error). guidance: range of the scales g = 1 + w that LCM with full weights draws and feeds to the student's
+    network (None: the teacher's one scale, nothing fed).
     average: decay of the averaged student that targets come from (LCM with full weights: 0.95; None: the student itself, the
     papers' choice for LoRA). Images (latents) are needed: x_t is made from them.
     Deviations: the boundary is held by the jump itself, which is the identity at the edge, not by c_skip (whose part at the first
@@ -46,9 +48,14 @@ class Consistency(Objective):
 
     def __post_init__(self) -> None:
         check_grid(self.steps, self.segments or self.steps, self.solver_steps)
+        if self.segments not in (None, 1, self.steps):
+            raise ValueError(
+                f"segments: no sampler draws in {self.steps} steps with jumps to the edges of {self.segments} segments; "
+                f"set steps to {self.segments}, or objective: {{name: tcd, segments: {self.segments}}}, whose jumps end anywhere"
+            )
         check_scales(self.guidance)
-        at_least(0, huber=self.huber)
-        share(average=self.average)
+        positive(huber=self.huber)
+        part("the average's weights", average=self.average)
 
     @property
     def needs(self) -> Needs:
@@ -59,6 +66,10 @@ class Consistency(Objective):
     def samplers(self) -> tuple[str, ...]:
         """Of one segment x0 is a sample at every time, and no point of a trajectory; of several only the edges are reached."""
         return ("renoise",) if (self.segments or self.steps) == 1 else ("ddim",)
+
+    @property
+    def draws(self) -> bool:
+        return (self.segments or self.steps) == 1
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss, sample=self.sample)]
@@ -84,34 +95,6 @@ class Consistency(Objective):
         g = scales(self.guidance, len(i), rng)
         x_t = nets.student.schedule.add_noise(batch.latents, rng.normal_like(batch.latents), times[i])
         return Start(x_t, times[i], times[i - 1], edges[i], g)
-
-
-def check_grid(steps: int, segments: int, solver_steps: int) -> None:
-    """Raises ValueError for counts that do not fit into each other."""
-    at_least(1, steps=steps, segments=segments, solver_steps=solver_steps)
-    if steps % segments:
-        raise ValueError(f"segments ({segments}) must divide steps ({steps}), so that segments meet at deployed times")
-    if solver_steps % steps:
-        raise ValueError(f"solver_steps ({solver_steps}) must be a multiple of steps ({steps})")
-
-
-def scales(guidance: tuple[float, float] | None, n: int, rng: Stream) -> Tensor | None:
-    """A guidance scale for each sample (n,), uniform in a range; None where there is no range."""
-    return None if guidance is None else guidance[0] + (guidance[1] - guidance[0]) * rng.uniform(n)
-
-
-def solver_times(grid: tuple[float, ...], solver_steps: int) -> Tensor:
-    """The teacher's times (solver_steps + 1,), rising from 0: each deployed step in equal parts of t."""
-    corners = torch.tensor((0.0, *reversed(grid)), dtype=torch.float64)
-    inner = torch.arange(solver_steps + 1, dtype=torch.float64) / (solver_steps // len(grid))
-    low = inner.floor().clamp(max=len(grid) - 1).long()
-    return torch.lerp(corners[low], corners[low + 1], inner - low)
-
-
-def first_of_segment(solver_steps: int, segments: int) -> Tensor:
-    """Index (solver_steps + 1,) of the edge below each of the teacher's times; an edge belongs to the segment that ends there."""
-    length = solver_steps // segments
-    return (torch.arange(solver_steps + 1) - 1).clamp(min=0) // length * length
 
 
 class Start(NamedTuple):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fewstep.denoiser import Cond, Denoiser, Prediction, cat
 from fewstep.heads import Point
 from fewstep.losses import Contest, flat_mean, gradient_penalty, health, jitter_penalty
-from fewstep.objectives.base import Batch, Judge, Losses, Nets, Turn
+from fewstep.objectives.base import Batch, Judge, Losses, Nets, Turn, simulate
 from fewstep.stream import Stream
 
 
@@ -69,9 +69,9 @@ class Listening:
         return prediction, logits
 
 
-def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses, View | None]:
-    """A turn's losses, and its critic's pass, judged on the way, where there is exactly one with a graph."""
-    if nets.critic is None:
+def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream, shares: bool) -> tuple[Losses, View | None]:
+    """A turn's losses, and its critic's pass, judged on the way, where that is shared and there is exactly one with a graph."""
+    if nets.critic is None or not shares:
         return turn.loss(nets, batch, rng), None
     assert nets.judge is not None
     judge = Listening(nets.judge, batch.cond)  # the critic's passes go through it, and what an objective reads a ratio off
@@ -80,13 +80,21 @@ def overheard(turn: Turn, nets: Nets, batch: Batch, rng: Stream) -> tuple[Losses
     return losses, judge.views[0] if len(judge.views) == 1 else None
 
 
-def drawn(student: Turn, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
-    """What the student's turn would hand on, without a graph, and without its targets where the turn can do so."""
+@torch.no_grad()
+def drawn(student: Turn, draws: bool, nets: Nets, batch: Batch, rng: Stream) -> Tensor:
+    """What heads would be shown in the student's turn, without its targets where the turn can do so. draws: see `Objective`."""
     rng = rng.child("sample")
-    with torch.no_grad():
-        sample = student.sample(nets, batch, rng) if student.sample else student.loss(nets, batch, rng).sample
+    if not draws:
+        return walked(nets, batch, rng)
+    sample = student.sample(nets, batch, rng) if student.sample else student.loss(nets, batch, rng).sample
     assert sample is not None, "an objective hands on its student's sample"
     return sample
+
+
+def walked(nets: Nets, batch: Batch, rng: Stream) -> Tensor:
+    """A sample of the student's deployed walk, of whose steps the last has a graph."""
+    last = len(nets.grid) - 1
+    return simulate(nets, batch, rng, range(last, last + 1)).x0
 
 
 def noised(nets: Nets, x: Tensor, t: Tensor, rng: Stream) -> View:

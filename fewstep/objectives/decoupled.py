@@ -29,7 +29,7 @@ class Decoupled(TwoTimeScale):
     w is `teacher.guidance`; a teacher that is not guided gives the first term alone. steps: of the deployed student.
     matching: weight of DM. moments: weight of a milder shield against what CA overdoes, the divergence of each sample's mean and
     spread from `mean` and `std`, those of clean latents. low, high: the full range; CA ends at
-    the student's time where that is less. floor: least normaliser. critic_turns, critic_low, ida: see TwoTimeScale.
+    the student's time where that is less. floor: least normaliser. critic_turns, critic_low, shift, ida: see TwoTimeScale.
     Deviation: the paper's normaliser could not be checked; here each term's is the mean distance to the unguided teacher there.
     """
 
@@ -51,13 +51,13 @@ class Decoupled(TwoTimeScale):
         start, prediction = simulate_step(nets, batch, rng)
         start = nets.level(start)
         x, schedule = prediction.x0, nets.student.schedule
-        t = Uniform(self.low, self.high).sample(len(x), rng)
+        t = self.times.sample(len(x), rng)
         x_t = schedule.add_noise(x, rng.normal_like(x), t)  # with the student's graph, so that heads may judge it, too
         with torch.no_grad():
             direction = self.matching * matching(nets, batch, x, x_t, t, self.floor)
             stats = {"direction": size(direction)}
             if isinstance(nets.teacher, Guided) and nets.teacher.scale != 1:
-                t = Uniform(min(self.low, start / 2), min(self.high, start)).sample(len(x), rng)
+                t = Uniform(min(self.low, start / 2), min(self.high, start), self.shift).sample(len(x), rng)
                 x_t = schedule.add_noise(x, rng.normal_like(x), t)
                 more = augmentation(nets.teacher, batch, x, x_t, t, self.floor)
                 stats["augmentation"] = size(more)

@@ -19,7 +19,7 @@ class DMD(TwoTimeScale):
     """The student follows the difference of two scores at noised samples of its own: the critic's (what it draws) minus the
     guided teacher's (what it should draw). Prompts only.
 
-    steps: of the deployed student. critic_turns (DMD2: 5; 10 for SD1.5), low, high (20..980 of 1000), critic_low, ida: see
+    steps: of the deployed student. critic_turns (DMD2: 5; 10 for SD1.5), low, high (20..980 of 1000), critic_low, shift, ida: see
     TwoTimeScale. floor: least normaliser.
     Deviations from the paper: critic turns come first and draw their own samples instead of reusing the student's; the
     critic's time is continuous in (critic_low, 1]; the normaliser has a floor where the reference code relies on nan_to_num.

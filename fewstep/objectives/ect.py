@@ -81,7 +81,7 @@ class ECT(Objective):
         t = torch.where(rng.uniform(count) < self.top, nets.grid[0], t)
         n = level(schedule, t).clamp(max=self.highest)
         m = self.lower(n, stage)
-        return from_data(nets, batch, rng, t, schedule.t_of_ratio(m), n - m, self.huber)
+        return from_data(nets, batch, rng, t, schedule.t_of_ratio(m), n, m, self.huber)
 
 
 def level(schedule: NoiseSchedule, t: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ def level(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return sigma / alpha
 
 
-def from_data(nets: Nets, batch: Batch, rng: Stream, t: Tensor, s: Tensor, gap: Tensor, huber: float) -> Losses:
+def from_data(nets: Nets, batch: Batch, rng: Stream, t: Tensor, s: Tensor, n: Tensor, m: Tensor, huber: float) -> Losses:
     """The student's x0 at t against its x0, without a graph, at s < t of the same noise (the data itself below `LEAST`), over the
-    gap of their levels."""
+    gap of their levels n and m (that of the data is 0)."""
     assert batch.latents is not None
     schedule, x0 = nets.student.schedule, batch.latents
     eps, clean = rng.normal_like(x0), s < LEAST
@@ -102,4 +102,5 @@ def from_data(nets: Nets, batch: Batch, rng: Stream, t: Tensor, s: Tensor, gap: 
         target = torch.where(like(clean, x0).bool(), x0.to(target.dtype), target)
     prediction = nets.student(schedule.add_noise(x0, eps, t), t, batch.cond)
     loss = sample_huber(prediction.x0, target, huber)
+    gap = n - torch.where(clean, 0.0, m)
     return Losses({"consistency": loss / gap.to(loss)}, {}, prediction.x0)

@@ -19,7 +19,6 @@ from fewstep.objectives.ranges import at_least, positive
 from fewstep.objectives.two_time_scale import TwoTimeScale, scored, size
 from fewstep.schedules import like
 from fewstep.stream import Stream
-from fewstep.times import Uniform
 
 
 @register("f_distill")
@@ -33,7 +32,7 @@ class FDistill(TwoTimeScale):
     alone draws; js and squared_hellinger lie between. steps: of the deployed student. critic_turns: updates of critic and heads a
     student update. heads, taps: as for `adversarial`. weight: of the GAN term; judge_weight: of the heads' loss beside the
     critic's. bins: ranges of time in each of which r is made to average 1. floor: as for
-    `dmd`; low, high, critic_low, ida: see TwoTimeScale.
+    `dmd`; low, high, critic_low, shift, ida: see TwoTimeScale.
     Deviations: the averages of r and of h are those of the batches at hand, not moving ones, so these should hold several samples
     a bin (the paper: 10 bins, batches of 512); heads and critic move together, by an optimizer each; judge_weight (the paper: 1).
     """
@@ -94,8 +93,7 @@ class FDistill(TwoTimeScale):
         assert batch.latents is not None
         losses = super().critic_loss(nets, batch, rng)
         assert losses.sample is not None
-        times = Uniform(self.low, self.high)
-        real, fake = (noised(nets, x, times.sample(len(x), rng), rng) for x in (batch.latents, losses.sample))
+        real, fake = (noised(nets, x, self.times.sample(len(x), rng), rng) for x in (batch.latents, losses.sample))
         rules = CONTESTS["non_saturating"]  # its best logit is log r
         told = contest(nets, batch.cond, real, fake, rules, rng, r1=0.0, r2=0.0, jitter=0.0)
         judged = {k: self.judge_weight * v for k, v in told.terms.items()}

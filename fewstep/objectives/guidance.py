@@ -9,7 +9,7 @@ import torch
 
 from fewstep.losses import mse, snr_weight
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import scales
+from fewstep.objectives.grids import scales
 from fewstep.objectives.ranges import check_scales
 from fewstep.stream import Stream
 from fewstep.times import Uniform
@@ -43,6 +43,10 @@ class GuidanceDistillation(Objective):
     @property
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # what is learned is the field, not its ends
+
+    @property
+    def draws(self) -> bool:
+        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

@@ -81,8 +81,10 @@ class ICT(Objective):
         assert batch.latents is not None
         schedule = nets.student.schedule
         n, chance = self.levels(intervals, float(level(schedule, torch.tensor([nets.grid[0]]))))
-        t = schedule.t_of_ratio(n).clamp(LEAST, nets.grid[0])
+        times = schedule.t_of_ratio(n)
+        t = times.clamp(LEAST, nets.grid[0])
         t[-1] = nets.grid[0]
+        told = level(schedule, t).clamp(max=n[-1])  # a table's first level may lie above the grid's
         i = torch.searchsorted(chance.cumsum(0), rng.uniform(len(batch.latents))).clamp(max=intervals - 1)
         huber = self.huber * math.sqrt(batch.latents[0].numel())
-        return from_data(nets, batch, rng, t[i + 1], schedule.t_of_ratio(n)[i], n[i + 1] - n[i], huber)
+        return from_data(nets, batch, rng, t[i + 1], times[i], told[i + 1], n[i], huber)

@@ -30,11 +30,13 @@ class MeanFlow(Objective):
 
     mean, std: of ln(sigma / alpha), from which two times are drawn and sorted. instant: share of samples with r = t, where the
     student must have the teacher's own velocity. floor, power: c and p of the weight 1 / (|error|^2 + c)^p, where |error|^2 is a
-    mean over the sample (a sum in the paper, whose p is 1). derivative: jvp, or difference (kernels without forward
+    mean over the sample (a sum in the paper, whose p is 1). whole: share of samples with the whole jump, from the noisiest time
+    to clean data, which a student of one step is deployed with. derivative: jvp, or difference (kernels without forward
     differentiation). Deviations: v is the guided teacher's velocity, not eps - x0 (distillation, as FastGen's `use_cd`), so a
     student that starts as its teacher needs fewer samples at r = t than the paper's three of four, and wider times (paper:
-    -0.4, 1.0), for its ends are deployed; the network is fed r, not t - r; a network that predicts no velocity is pushed as hard
-    at every level (`Matched.lever`), or one that predicts epsilon would be lost at its noise end.
+    -0.4, 1.0), and the whole jump, which drawn times all but never are (of flow models' 1 in 50,000 ends at clean data); the
+    network is fed r, not t - r; a network that predicts no velocity is pushed as hard at every level (`Matched.lever`), or one
+    that predicts epsilon would be lost at its noise end.
     """
 
     steps: int = 1
@@ -42,6 +44,7 @@ class MeanFlow(Objective):
     mean: float = 0.0
     std: float = 1.6
     instant: float = 0.25
+    whole: float = 0.25
     floor: float = 1e-3
     power: float = 0.5
     derivative: Literal["jvp", "difference"] = "jvp"
@@ -49,7 +52,9 @@ class MeanFlow(Objective):
     def __post_init__(self) -> None:
         LogNormal(self.mean, self.std)
         positive(floor=self.floor)
-        part("samples", instant=self.instant)
+        part("samples", instant=self.instant, whole=self.whole)
+        if self.instant + self.whole > 1:
+            raise ValueError(f"instant and whole are shares of one whole, not {self.instant} and {self.whole}")
 
     @property
     def needs(self) -> Needs:
@@ -58,6 +63,10 @@ class MeanFlow(Objective):
     @property
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # a student that is told the end of its jump goes there itself
+
+    @property
+    def draws(self) -> bool:
+        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
@@ -81,7 +90,10 @@ class MeanFlow(Objective):
         # Below the lowest level lies the clean end, where deployed trajectories arrive.
         low = torch.minimum(a, b)
         low = torch.where(low <= student.lowest, 0.0, low)
-        return t, torch.where(rng.uniform(n) < self.instant, t, low)
+        kind = rng.uniform(n)
+        whole = kind >= 1 - self.whole
+        r = torch.where(kind < self.instant, t, torch.where(whole, 0.0, low))
+        return torch.where(whole, student.highest, t), r
 
 
 def residual(

@@ -29,8 +29,9 @@ class PhasedDMD(Objective):
 
     steps, phases: of the deployed student; steps is a multiple of phases. phase_rounds: rounds of each phase; the last one takes
     all that are left. critic_turns: critic updates a student update. low, high: range of the re-noising time, as shares of the
-    way from s to 1; critic_low: the same of the critic's. floor: least normaliser. most: a critic's sample weighs
-    min(1, most std^2 / sigma_t^2), std that of the law from s to t: its target's variance is sigma_t^2 / std^2.
+    way from s to 1; critic_low: the same of the critic's; shift: of both to noise, see TwoTimeScale. floor: least normaliser.
+    most: a critic's sample weighs min(1, most std^2 / sigma_t^2), std that of the law from s to t: its target's variance is
+    sigma_t^2 / std^2.
     Earlier experts only draw: without a graph none of their weights moves, and their average tends to those very weights. The
     critic starts anew in every phase. With one phase this is `dmd` to the bit.
     The learning rate of a schedule falls over all rounds, not in each phase; constant is what suits several.
@@ -46,11 +47,12 @@ class PhasedDMD(Objective):
     low: float = 0.02
     high: float = 0.98
     critic_low: float = 0.001
+    shift: float = 1.0
     floor: float = 1e-4
     most: float = 10.0
 
     def __post_init__(self) -> None:
-        Uniform(self.low, self.high)
+        Uniform(self.low, self.high, self.shift)
         Uniform(self.critic_low, 1.0)
         at_least(1, critic_turns=self.critic_turns)
         positive(floor=self.floor, most=self.most)
@@ -74,7 +76,7 @@ class PhasedDMD(Objective):
         assert nets.critic is not None
         x_s, x0, s = self._arrive(phase, nets, batch, rng)
         level = float(s[0])
-        t = Uniform(level + (1 - level) * self.low, level + (1 - level) * self.high).sample(len(x0), rng)
+        t = Uniform(level + (1 - level) * self.low, level + (1 - level) * self.high, self.shift).sample(len(x0), rng)
         x_t = nets.student.schedule.forward_kernel(x_s, rng.normal_like(x_s), s, t)
         real, fake = scored(nets, batch, x_t, t)
         direction = normalised(fake - real, x0, real, self.floor)
@@ -87,7 +89,7 @@ class PhasedDMD(Objective):
         with torch.no_grad():
             x_s, x0, s = self._arrive(phase, nets, batch, rng)
         level = float(s[0])
-        t = Uniform(level + (1 - level) * self.critic_low, 1.0).sample(len(x0), rng)
+        t = Uniform(level + (1 - level) * self.critic_low, 1.0, self.shift).sample(len(x0), rng)
         noise = rng.normal_like(x_s)
         prediction = critic(schedule.forward_kernel(x_s, noise, s, t), t, batch.cond)
         loss = mse(critic.native(prediction, t), critic.aim(*schedule.kernel_target(x_s, noise, s, t), t))

@@ -9,7 +9,7 @@ import torch
 
 from fewstep.losses import mse, snr_weight
 from fewstep.objectives.base import Batch, Landing, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import scales, solver_times
+from fewstep.objectives.grids import nested_times, scales
 from fewstep.objectives.ranges import check_scales
 from fewstep.sampling import ddim
 from fewstep.schedules import like
@@ -24,10 +24,10 @@ class Progressive(Objective):
     teacher land. Salimans and Ho 2022, arXiv 2202.00512, algorithm 2; with factor 4 the first stage of SDXL-Lightning, arXiv
     2402.13929. One halving a stage: the next one is taught by its student (`teacher: previous`).
 
-    steps: of the deployed student; the teacher takes factor * steps. guidance: range of scales fed to the student's network and
-    to a teacher that takes them, which is stage 2 of Meng et al. 2022 (arXiv 2210.03142); a teacher that takes none is guided at
-    them. None: the teacher's one scale, nothing fed. Images (latents) are needed.
-    Deviation: the teacher's times divide a deployed step in equal parts of t, which are its own times where those are uniform.
+    steps: of the deployed student; the teacher takes factor * steps, at the times at which as many are deployed, where a student
+    of the stage before was trained. guidance: range of scales fed to the student's network and to a teacher that takes them,
+    which is stage 2 of Meng et al. 2022 (arXiv 2210.03142); a teacher that takes none is guided at them. None: the teacher's one
+    scale, nothing fed. Images (latents) are needed.
     """
 
     lands: ClassVar[bool] = True
@@ -49,6 +49,18 @@ class Progressive(Objective):
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # each step lands where deterministic ones of the teacher do
 
+    @property
+    def local(self) -> bool:
+        return True
+
+    @property
+    def asks(self) -> int:
+        return self.factor * self.steps
+
+    @property
+    def draws(self) -> bool:
+        return False
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 
@@ -56,7 +68,7 @@ class Progressive(Objective):
         """max(SNR, 1) |x0(x_t) - x0*|^2, x0* = (z_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)."""
         assert batch.latents is not None
         schedule, x0 = nets.student.schedule, batch.latents
-        times = solver_times(nets.grid, self.steps * self.factor)
+        times = nested_times(nets, self.steps * self.factor)
         i = self.factor * (1 + rng.integers(self.steps, len(x0)))
         t, s, g = times[i], times[i - self.factor], scales(self.guidance, len(x0), rng)
         x_t = z = schedule.add_noise(x0, rng.normal_like(x0), t)

@@ -24,10 +24,11 @@ def share(**settings: float | None) -> None:
             raise ValueError(f"{name} is a share between 0 and 1, not {value}")
 
 
-def part(of: str, **settings: float) -> None:
-    """Raises ValueError for the first setting outside [0, 1): a share `of` something that must leave some over."""
+def part(of: str, **settings: float | None) -> None:
+    """Raises ValueError for the first setting outside [0, 1): a share `of` something that must leave some over; None is a
+    setting that is not used."""
     for name, value in settings.items():
-        if not 0 <= value < 1:
+        if value is not None and not 0 <= value < 1:
             raise ValueError(f"{name} is a share of {of} in [0, 1), not {value}")
 
 
@@ -37,9 +38,11 @@ def check_scales(guidance: tuple[float, float] | None) -> None:
         raise ValueError(f"guidance is a range of scales, [lowest, highest], not {list(guidance)}; 1 is no guidance")
 
 
-def check_fed(scales: tuple[float, float] | None, at: float, *, embedded: bool) -> None:
+def check_fed(scales: tuple[float, float] | None, at: float, *, embedded: bool, mixes: bool = False) -> None:
     """Raises ValueError for a student that is trained at a range of scales and would draw `at` one outside it, or whose teacher
-    is fed a scale of its own (embedded)."""
+    is fed a scale of its own (embedded), so that there are no two predictions to mix."""
+    if mixes and embedded:
+        raise ValueError("objective: kappas mix two predictions, but this teacher is fed its scale; leave them away")
     if scales is None:
         return
     if embedded:

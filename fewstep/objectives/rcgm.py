@@ -14,7 +14,7 @@ from fewstep.losses import flat_mean, tamed
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.meanflow import FLOW
-from fewstep.objectives.ranges import share
+from fewstep.objectives.ranges import part
 from fewstep.schedules import like
 from fewstep.stream import Stream
 
@@ -42,7 +42,7 @@ class RCGM(Objective):
 
     def __post_init__(self) -> None:
         check_order(self.order, self.delta)
-        share(average=self.average)
+        part("the average's weights", average=self.average)
 
     @property
     def needs(self) -> Needs:
@@ -51,6 +51,10 @@ class RCGM(Objective):
     @property
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # a student that is told the end of its jump goes there itself
+
+    @property
+    def draws(self) -> bool:
+        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

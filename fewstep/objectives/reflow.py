@@ -50,6 +50,14 @@ class Reflow(Objective):
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # what is learned is a velocity
 
+    @property
+    def asks(self) -> int:
+        return 0
+
+    @property
+    def draws(self) -> bool:
+        return False
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 
@@ -91,6 +99,10 @@ class Regression(Objective):
     @property
     def walks(self) -> bool:
         return True
+
+    @property
+    def asks(self) -> int:
+        return 0
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.losses import flat_mean, push, unit
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import scales
+from fewstep.objectives.grids import scales
 from fewstep.objectives.ranges import at_least, check_scales, part, positive
 from fewstep.schedules import TrigFlow, like
 from fewstep.stream import Stream

@@ -12,8 +12,8 @@ from fewstep.denoiser import Cond, Denoiser
 from fewstep.losses import mse
 from fewstep.matched import straight
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import solver_times
-from fewstep.objectives.ranges import share
+from fewstep.objectives.grids import nested_times
+from fewstep.objectives.ranges import part
 from fewstep.sampling import ddim
 from fewstep.schedules import like
 from fewstep.stream import Stream
@@ -23,9 +23,9 @@ from fewstep.stream import Stream
 @final
 @dataclass(frozen=True, kw_only=True)
 class Shortcut(Objective):
-    """Time is cut into `solver_steps` parts, and the student learns jumps over 1, 2, 4, ... and all of them, each from one of its
-    own multiples: over one part it goes as the (guided) teacher's DDIM step does, over more where two jumps of half the length
-    go (equation 5). Such a student serves every number of steps that is a power of two.
+    """Time is cut into `solver_steps` parts, where as many steps would be deployed, and the student learns jumps over 1, 2, 4,
+    ... and all of them, each from one of its own multiples: over one part it goes as the (guided) teacher's DDIM step does, over
+    more where two jumps of half the length go (equation 5). Such a student serves every number of steps that is a power of two.
 
     solver_steps: a power of two, as `steps` must be one. instant: share of samples at the shortest jump, the others take one of
     the longer lengths alike. average: decay of the averaged student that goes the half jumps (None: the student itself). The
@@ -42,7 +42,7 @@ class Shortcut(Objective):
     average: float | None = 0.99
 
     def __post_init__(self) -> None:
-        share(average=self.average)
+        part("the average's weights", average=self.average)
         for name, n in (("steps", self.steps), ("solver_steps", self.solver_steps)):
             if n < 1 or n & (n - 1):
                 raise ValueError(f"{name} must be a power of two, not {n}: a jump is two jumps of half its length")
@@ -59,13 +59,21 @@ class Shortcut(Objective):
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # a student that is told the end of its jump goes there itself
 
+    @property
+    def asks(self) -> int:
+        return self.solver_steps
+
+    @property
+    def draws(self) -> bool:
+        return False
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """|u(x_t, t, r) - sg(goal)|^2, see `goals` (equation 5)."""
         assert batch.latents is not None
-        x0, times = batch.latents, solver_times(nets.grid, self.solver_steps)
+        x0, times = batch.latents, nested_times(nets, self.solver_steps)
         i, length = self.drawn(len(x0), rng)
         x_t = nets.student.schedule.add_noise(x0, rng.normal_like(x0), times[i])
         goal = goals(nets, batch.cond, x_t, times, i, length, rng)

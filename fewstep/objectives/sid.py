@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.losses import distance, flat_mean
-from fewstep.objectives.base import Batch, Losses, Nets, denoise, register, simulate
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, denoise, register, simulate
 from fewstep.objectives.ranges import part, positive
 from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
@@ -34,7 +34,7 @@ class SiD(TwoTimeScale):
     floor: least normaliser. The other settings are those of TwoTimeScale.
     Deviations: 5 critic turns where SiD, with batches of 256 to 8192, does with 1; a one-step student starts from unit noise at
     the deployed time (LSG: 0.625, noise scaled by its sigma); steps are joined as they are deployed, with fresh noise only where
-    the sampler puts it; means over a sample in the place of sums; the critic's time is uniform in (critic_low, 1] as for dmd,
+    the sampler puts it; means over a sample in the place of sums; the critic's time is in (critic_low, 1] as for dmd,
     with an unweighted loss in its native target.
     """
 
@@ -53,13 +53,22 @@ class SiD(TwoTimeScale):
         positive(floor=self.floor)
         part("prompts", dropout=self.dropout)
 
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, mixes=not self.audible or self.kappa4 is not None)
+
+    @property
+    def audible(self) -> bool:
+        return (self.kappa1, self.kappa2, self.kappa3) == (1, 1, 1)
+
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """delta ((f_real - x) - alpha delta) with delta = f_real - f_fake; where kappa2 and kappa3 differ, f_real - x is delta
         and the other critic's f_fake - x. At the critic's optimum it averages (1 - alpha) E[delta^2]: 0 for alpha = 1."""
         x, x_t, t = self.noised(nets, batch, rng)
         teacher = nets.teacher
         if self.kappa4 is not None:
-            teacher = replace(_from_outside(teacher), scale=self.kappa4)
+            assert isinstance(teacher, Guided)
+            teacher = replace(teacher, scale=self.kappa4)
         real = teacher(x_t, t, batch.cond).x0
         short, long = self._fakes(nets, x_t, t, batch.cond)
         delta = real - short
@@ -70,11 +79,11 @@ class SiD(TwoTimeScale):
         """Denoising loss on the student's samples, of the critic as guided by kappa1."""
         with torch.no_grad():
             x = simulate(nets, batch, rng).x0
-        if (self.kappa1, self.kappa2, self.kappa3) != (1, 1, 1):
+        if not self.audible:
             keep = rng.uniform(len(x)) >= self.dropout
             batch = replace(batch, cond=batch.cond.where(keep, _as_teacher(nets, 0).null.expand(len(x))))
         assert nets.critic is not None
-        return denoise(nets.critic, batch, x, self.critic_low, rng, by=_guided(nets, self.kappa1))
+        return denoise(nets.critic, batch, x, self.critic_times, rng, by=_guided(nets, self.kappa1))
 
     def _fakes(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """The critic's x0 under kappa2 and under kappa3, from one call."""
@@ -94,12 +103,5 @@ def _guided(nets: Nets, kappa: float) -> Denoiser | Guided:
 
 def _as_teacher(nets: Nets, kappa: float) -> Guided:
     """The critic under guidance, with the null condition and the renorm of the teacher's."""
-    assert nets.critic is not None
-    return replace(_from_outside(nets.teacher), denoiser=nets.critic, scale=kappa)
-
-
-def _from_outside(teacher: Denoiser | Guided) -> Guided:
-    """The teacher, if it is guided by mixing two predictions and not by an input. Raises ValueError."""
-    if not isinstance(teacher, Guided):
-        raise ValueError("objective: kappas mix two predictions, but this teacher is fed the scale; leave them at 1")
-    return teacher
+    assert nets.critic is not None and isinstance(nets.teacher, Guided), "kappas were refused for a teacher that is fed its scale"
+    return replace(nets.teacher, denoiser=nets.critic, scale=kappa)

@@ -51,6 +51,14 @@ class AnnealedReflow(Objective):
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # what is learned is a velocity
 
+    @property
+    def asks(self) -> int:
+        return 0
+
+    @property
+    def draws(self) -> bool:
+        return False
+
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", partial(self.student_loss, fresh=max(0.0, 1 - step / self.anneal)))]
 

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal, final
 from torch import Tensor
 
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
-from fewstep.objectives.consistency import Start, check_grid, compared, first_of_segment, scales, solver_times
-from fewstep.objectives.ranges import at_least, check_scales, share
+from fewstep.objectives.consistency import Start, compared
+from fewstep.objectives.grids import check_grid, first_of_segment, scales, solver_times
+from fewstep.objectives.ranges import check_scales, part, positive
 from fewstep.objectives.solvers import SOLVERS
 from fewstep.stream import Stream
 
@@ -47,8 +48,8 @@ class TCD(Objective):
     def __post_init__(self) -> None:
         check_grid(self.steps, self.segments, self.solver_steps)
         check_scales(self.guidance)
-        at_least(0, huber=self.huber)
-        share(average=self.average)
+        positive(huber=self.huber)
+        part("the average's weights", average=self.average)
         if self.order not in SOLVERS:
             raise ValueError(f"order of the teacher's solver is 1 or 2, not {self.order}")
 
@@ -61,6 +62,10 @@ class TCD(Objective):
     def samplers(self) -> tuple[str, ...] | None:
         """Of one segment any end is reached, with noise put back or not, but for a student that is told where to go."""
         return None if self.segments == 1 and not self.end_input else ("ddim",)
+
+    @property
+    def draws(self) -> bool:
+        return self.segments == 1 and not self.end_input
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss, sample=self.sample)]

@@ -13,7 +13,7 @@ from fewstep.losses import mse, push
 from fewstep.matched import Matched
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register
 from fewstep.objectives.meanflow import FLOW
-from fewstep.objectives.ranges import share
+from fewstep.objectives.ranges import part
 from fewstep.objectives.rcgm import check_order, jumps
 from fewstep.stream import Stream
 
@@ -45,7 +45,7 @@ class TwinFlow(Objective):
 
     def __post_init__(self) -> None:
         check_order(self.order, self.delta)
-        share(average=self.average)
+        part("the average's weights", average=self.average)
         if self.fake <= 0 or self.rectify <= 0:
             raise ValueError("fake and rectify are positive weights; without these terms the objective is rcgm")
 

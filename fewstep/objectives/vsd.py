@@ -10,11 +10,10 @@ import torch
 
 from fewstep.denoiser import TARGETS, Denoiser, Guided, linear_loss
 from fewstep.losses import mse, push
-from fewstep.objectives.base import Batch, Losses, Nets, register, simulate
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, register, simulate
 from fewstep.objectives.ranges import part
 from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
-from fewstep.times import Uniform
 
 
 @register("vsd")
@@ -42,6 +41,14 @@ class VSD(TwoTimeScale):
         if self.kappa is not None and not self.kappa[0] <= self.kappa[1]:
             raise ValueError(f"kappa is a range [low, high] of guidance, as in kappa: [0.5, 4.0], not {list(self.kappa)}")
         part("prompts", dropout=self.dropout)
+
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, mixes=self.kappa is not None)
+
+    @property
+    def audible(self) -> bool:
+        return False
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """sigma^2 (eps_teacher - eps_critic) = alpha sigma (x0_critic - x0_teacher): alpha sigma times `diff_instruct`'s."""
@@ -72,7 +79,7 @@ class VSD(TwoTimeScale):
         cond = batch.cond
         if isinstance(nets.teacher, Guided):
             cond = cond.where(rng.uniform(len(x)) >= self.dropout, nets.teacher.null.expand(len(x)))
-        t = Uniform(self.critic_low, 1.0).sample(len(x), rng)
+        t = self.critic_times.sample(len(x), rng)
         eps = rng.normal_like(x)
         prediction = nets.critic(nets.critic.schedule.add_noise(x, eps, t), t, cond)
         weight = prediction.alpha.square().flatten()

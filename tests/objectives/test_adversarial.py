@@ -11,11 +11,14 @@ from fewstep.config import parse
 from fewstep.losses import CONTESTS
 from fewstep.objectives import Batch, Losses, Nets, Turn
 from fewstep.objectives.adversarial import Adversarial
+from fewstep.objectives.adversarial_distance import AdversarialDistance
 from fewstep.objectives.consistency import Consistency
 from fewstep.objectives.contest import View, contest
 from fewstep.objectives.dmd import DMD
 from fewstep.objectives.f_distill import FDistill
+from fewstep.objectives.sid import SiD
 from fewstep.objectives.uni_instruct import UniInstruct
+from fewstep.objectives.vsd import VSD
 from fewstep.sampling import ddim
 from fewstep.stream import stream
 
@@ -83,11 +86,11 @@ def test_what_it_wraps_is_left_as_it_is(inner, heads):
         ({"inner": DMD(), "heads": "ladd", "shared": False}, "shared would change nothing: ladd heads take passes of their own"),
         ({"inner": DMD(), "heads": "pixel", "high": 0.5}, "high would change nothing: pixels are judged without noise"),
         ({"inner": DMD(), "features": "zoo:other"}, "features would change nothing: dmd2 heads listen to a denoiser"),
-        ({"inner": FDistill(), "judge_weight": 1.0}, "judge_weight would change nothing: inner trains its heads itself"),
-        (
-            {"inner": FDistill(), "loss": "hinge"},
-            "loss: inner reads its heads' logit as a log ratio, which hinge does not make",
-        ),
+        ({"inner": VSD(), "shared": False}, "shared would change nothing: inner's critic is guided"),
+        ({"inner": SiD(kappa1=1.5), "shared": False}, "shared would change nothing: inner's critic is guided"),
+        ({"inner": FDistill()}, "inner: it trains heads of its own, whose weight is among its settings; leave adversarial away"),
+        ({"inner": AdversarialDistance()}, "inner: it trains heads of its own"),
+        ({"inner": Adversarial()}, "inner: it trains heads of its own"),
         ({"inner": UniInstruct(divergence="kl"), "loss": "least_squares"}, "loss: inner reads its heads' logit as a log ratio"),
     ],
 )
@@ -96,6 +99,8 @@ def test_a_setting_that_would_do_nothing_or_mislead_is_refused(settings, says):
         Adversarial(**settings)
     Adversarial(inner=DMD(), low=0.4, shared=False)
     Adversarial(inner=DMD(), low=0.4, paired=True)
+    Adversarial(inner=VSD(), low=0.4)
+    Adversarial(inner=SiD(kappa1=1.5), low=0.4)
 
 
 @pytest.mark.parametrize("loss", CONTESTS)
@@ -220,16 +225,15 @@ def test_pixels_are_judged_without_noise():
     [
         (UniInstruct(divergence="kl"), {"heads": "ladd"}),
         (UniInstruct(divergence="kl"), {"taps": ("down_blocks.0",)}),
-        (FDistill(), {"heads": "pixel"}),
-        (FDistill(), {"r1": 0.1}),
     ],
 )
 def test_what_the_inner_objective_decides_is_refused_and_not_ignored(inner, options):
     Adversarial(inner=inner)
-    with pytest.raises(ValueError, match="inner: it says itself which heads it needs; leave these settings of adversarial away"):
+    with pytest.raises(
+        ValueError, match="inner: it says itself which heads it needs; leave heads, taps and features of adversarial away"
+    ):
         Adversarial(inner=inner, **options)
 
 
-def test_heads_that_the_inner_objective_does_not_train_may_be_held_flat():
+def test_heads_that_the_inner_objective_reads_may_be_held_flat():
     assert Adversarial(inner=UniInstruct(divergence="kl"), r1=0.1).r1 == 0.1
-    assert Adversarial(inner=FDistill(heads="ladd"), heads="ladd").needs.heads.kind == "ladd"

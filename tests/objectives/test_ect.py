@@ -1,5 +1,7 @@
 """Consistency training from data: levels, their mapping, and what a pair's loss is."""
 
+import sys
+
 import pytest
 import torch
 from products import VAR, batch
@@ -26,13 +28,14 @@ def test_the_lower_level_rises_to_the_upper_one_stage_by_stage():
 
 @WORLDS
 def test_from_clean_data_it_is_denoising(name, target):
-    """m = 0: the target is the data itself, whatever the student thinks."""
+    """Below the first level: the target is the data itself, whatever the student thinks, and the gap that of the level to 0."""
     student, given, schedule = gaussian([0.3, 0.1], [0.5, 0.6], SCHEDULES[name], target), batch(), SCHEDULES[name]
-    t, zero, gap = torch.linspace(0.1, 1, 256).double(), torch.zeros(256).double(), torch.full((256,), 2.0).double()
+    t, s = torch.linspace(0.1, 1, 256).double(), torch.full((256,), 0.0005).double()
+    n, m = torch.full((256,), 2.0).double(), torch.full((256,), 0.5).double()
     rng = stream(0, 0, 0, 0)
     x_t = schedule.add_noise(given.latents, rng.normal_like(given.latents), t)
     expected = (student(x_t, t, NOTHING).x0 - given.latents).norm(dim=1) / 2
-    found = from_data(game(student, None), given, stream(0, 0, 0, 0), t, zero, gap, 0.0)
+    found = from_data(game(student, None), given, stream(0, 0, 0, 0), t, s, n, m, 0.0)
     torch.testing.assert_close(found.terms["consistency"], expected)
 
 
@@ -44,7 +47,9 @@ def test_both_points_of_a_pair_share_their_noise_and_the_target_has_no_graph(nam
     eps = stream(0, 0, 0, 0).normal_like(given.latents)
     high, low = (student(schedule.add_noise(given.latents, eps, u), u, NOTHING).x0 for u in (t, s))
     expected = sample_huber(high, low.detach(), 0.03) / gap
-    found = from_data(game(student, None), given, stream(0, 0, 0, 0), t, s, gap, 0.03).terms["consistency"]
+    found = from_data(game(student, None), given, stream(0, 0, 0, 0), t, s, 2 + gap, torch.full_like(gap, 2.0), 0.03).terms[
+        "consistency"
+    ]
     torch.testing.assert_close(found, expected)
     parameters = list(student.net.parameters())
     for a, b in zip(*(torch.autograd.grad(v.mean(), parameters) for v in (found, expected)), strict=True):
@@ -67,7 +72,9 @@ def test_training_on_data_pulls_as_distilling_the_exact_teacher_does_in_the_limi
         ahead = student(a[:, None] * teacher.x0 + b[:, None] * teacher.eps, s, NOTHING).x0
     given = Batch(NOTHING, x0.shape, x0)
     # with so large a huber constant, half of the squared difference
-    trained = from_data(game(student, None), given, stream(0, 0, 0, 0), t, s, torch.full_like(t, gap), 1.0).total.mean()
+    trained = from_data(
+        game(student, None), given, stream(0, 0, 0, 0), t, s, torch.full_like(t, 1.0), torch.full_like(t, 1.0 - gap), 1.0
+    ).total.mean()
     distilled = (prediction - ahead).square().sum(1).mean() / (2 * gap)
     grads = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in (trained, distilled)]
     assert grads[1].norm() > 0.01
@@ -83,6 +90,25 @@ def test_ict_doubles_its_grid_up_to_the_last():
     torch.testing.assert_close(chance.sum(), times(1.0)[0])
     middle = float(chance @ (n[1:] * n[:-1]).sqrt().log())
     assert abs(middle + 1.1) < 0.15  # the log-normal's mean
+
+
+@WORLDS
+@pytest.mark.parametrize("objective", [ECT(), ICT(last=160)])
+def test_a_pair_is_weighed_by_the_levels_that_it_is_asked_at(name, target, objective, monkeypatch):
+    """A DDPM table begins at 0.029, far above the grid's least level, 0.002."""
+    seen = []
+    module = sys.modules[type(objective).__module__]
+    monkeypatch.setattr(
+        module, "from_data", lambda nets, batch, rng, *pair: seen.append(pair) or from_data(nets, batch, rng, *pair)
+    )
+    (turn,) = objective.round(objective.needs.rounds)
+    student = gaussian([0.3, 0.1], [0.5, 0.6], SCHEDULES[name], target)
+    turn.loss(game(student, None, grid=uniform_grid(2)), batch(), stream(0, 0, 0, 0))
+    ((t, s, n, m, _),) = seen
+    inside = level(SCHEDULES[name], t) < 70  # beyond, the noise end of a straight path has no level
+    torch.testing.assert_close(n[inside], level(SCHEDULES[name], t)[inside])
+    asked = s >= 0.001
+    torch.testing.assert_close(m[asked], level(SCHEDULES[name], s)[asked])
 
 
 @WORLDS

@@ -33,11 +33,14 @@ def test_what_is_accepted_can_be_played(name):
 
 def test_a_student_draws_at_a_scale_that_it_is_trained_at():
     check_fed(None, 9.0, embedded=True)
+    check_fed(None, 9.0, embedded=False, mixes=True)
     check_fed((1.0, 6.0), 6.0, embedded=False)
     with pytest.raises(ValueError, match="would draw at this scale, 7.5, but objective.guidance has it trained at 1 to 6 only"):
         check_fed((1.0, 6.0), 7.5, embedded=False)
     with pytest.raises(ValueError, match="this teacher is fed its scale already, and would be guided twice; leave it away"):
         check_fed((1.0, 6.0), 3.0, embedded=True)
+    with pytest.raises(ValueError, match="kappas mix two predictions, but this teacher is fed its scale; leave them away"):
+        check_fed(None, 9.0, embedded=True, mixes=True)
     objective = {"name": "consistency", "guidance": [4.0, 6.0]}
     tree = {"teacher": {"path": "zoo:sprites-sd", "guidance": 3.0}, "student": {"weights": "full"}, "objective": objective}
     with pytest.raises(ValueError, match="would draw at this scale, 3, but"):
@@ -52,7 +55,7 @@ def test_a_student_draws_at_a_scale_that_it_is_trained_at():
         ({"name": "rcm", "score_std": -1}, "the spread of ln.* must be positive, not -1"),
         ({"name": "rcm", "critic_turns": 0}, "critic_turns must be at least 1, not 0"),
         ({"name": "meanflow", "std": 0}, "the spread of ln.* must be positive, not 0"),
-        ({"name": "rcgm", "average": 1.5}, "average is a share between 0 and 1, not 1.5"),
+        ({"name": "rcgm", "average": 1.5}, "average is a share of the average's weights in .0, 1., not 1.5"),
         ({"name": "reflow", "slope": 0}, "slope of U-shaped times must be positive"),
         ({"name": "boot", "boundary": -0.5}, "boundary must be at least 0, not -0.5"),
         ({"name": "guidance", "low": 1.0}, "a time range needs 0 <= low < high <= 1"),
@@ -73,7 +76,9 @@ def test_a_student_draws_at_a_scale_that_it_is_trained_at():
         ({"name": "boot", "steps": 0}, ".steps must be at least 1, not 0"),
         ({"name": "boot", "steps": 2}, "a student of boot draws in one step, not in 2; set its steps to 1"),
         ({"name": "adversarial", "inner": {"name": "boot", "steps": 2}}, "draws in one step, not in 2"),
-        ({"name": "tcd", "huber": float("nan")}, "huber must be at least 0, not nan"),
+        ({"name": "tcd", "huber": float("nan")}, "huber must be positive, not nan"),
+        ({"name": "meanflow", "instant": 0.6, "whole": 0.5}, "instant and whole are shares of one whole, not 0.6 and 0.5"),
+        ({"name": "consistency", "average": 1.0}, "average is a share of the average's weights in .0, 1., not 1.0"),
     ],
 )
 def test_what_no_turn_could_use_is_refused_where_the_config_is_read(objective, says):

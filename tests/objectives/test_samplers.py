@@ -69,7 +69,7 @@ def test_the_step_that_nobody_names_is_the_familys_first_that_will_do(name, fami
     ("name", "options", "allowed"),
     [
         ("consistency", {"segments": 1}, ("renoise",)),
-        ("consistency", {"segments": 2}, ("ddim",)),
+        ("consistency", {"segments": 2, "steps": 2}, ("ddim",)),
         ("consistency", {"segments": None}, ("ddim",)),
         ("consistency", {"segments": None, "steps": 1}, ("renoise",)),
         ("tcd", {"segments": 2}, ("ddim",)),

@@ -9,8 +9,11 @@ from toys import NOTHING, play, ring, times
 from fewstep.losses import CONTESTS
 from fewstep.objectives import Losses, Turn, objectives
 from fewstep.objectives.adversarial import Adversarial
+from fewstep.objectives.consistency import Consistency
 from fewstep.objectives.dmd import DMD
 from fewstep.objectives.phased_dmd import PhasedDMD
+from fewstep.objectives.sid import SiD
+from fewstep.objectives.vsd import VSD
 from fewstep.stream import stream
 
 RULES = CONTESTS["non_saturating"]
@@ -61,7 +64,7 @@ def test_one_pass_of_the_critic_gives_its_score_and_the_heads_features():
     assert seen == {True: [16, 16], False: [16, 32]}
 
 
-SCORED = ["dmd", "dmd1", "decoupled", "diff_instruct", "f_distill", "phased_dmd", "sid", "sim", "uni_instruct", "vsd"]
+SCORED = ["dmd", "dmd1", "decoupled", "diff_instruct", "phased_dmd", "sid", "sim", "uni_instruct"]
 
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in SCORED), ("uni_instruct", {"divergence": "kl"})])
@@ -72,6 +75,18 @@ def test_the_pass_that_scores_the_students_sample_is_the_one_that_judges_it(name
     before = len(passes)
     losses = objective.round(0)[-1].loss(players, world.batch(16), stream(0, 0, 0, 0))
     assert passes[before:] == [16] and losses.terms["adversary"].requires_grad
+
+
+@pytest.mark.parametrize("inner", [SiD(steps=1, critic_turns=1), VSD(steps=1, critic_turns=1), Consistency(steps=1)])
+def test_heads_that_share_no_pass_judge_at_their_own_times(inner):
+    """... in both turns, whether the critic is theirs alone, guided, or told to take a pass of its own."""
+    objective = Adversarial(inner=inner, low=0.2, high=0.3, shared=not isinstance(inner, SiD))
+    world, players, _ = learned(objective)
+    for turn in objective.round(0):
+        ear = Ear(players.judge)
+        turn.loss(replace(players, judge=ear), world.batch(256), stream(0, 0, 0, 0))
+        seen = torch.cat([t for _, t, _ in ear.heard])
+        assert seen.min() >= 0.2 and seen.max() <= 0.3, turn.player
 
 
 def test_heads_judge_a_phase_where_they_have_learned_it():

@@ -9,7 +9,7 @@ from products import MEAN, VAR, N, Told, batch, exact, teachers
 from toys import NOTHING, SCHEDULES, Counted, Gaussian, call, denoiser, game
 
 from fewstep.denoiser import Cond, Denoiser, Guided
-from fewstep.objectives.consistency import solver_times
+from fewstep.objectives.grids import solver_times
 from fewstep.objectives.shortcut import Shortcut, goals, halves
 from fewstep.sampling import ddim, sample, uniform_grid
 from fewstep.stream import stream

@@ -24,7 +24,8 @@ from toys import (
 )
 
 from fewstep.denoiser import Cond, Denoiser, Guided
-from fewstep.objectives.consistency import Consistency, first_of_segment, solver_times
+from fewstep.objectives.consistency import Consistency
+from fewstep.objectives.grids import first_of_segment, solver_times
 from fewstep.objectives.solvers import first_order, second_order
 from fewstep.objectives.tcd import TCD
 from fewstep.sampling import uniform_grid

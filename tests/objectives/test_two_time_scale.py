@@ -1,8 +1,10 @@
 """What every game of a critic and a student refuses before anything is loaded, and how its round goes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from toys import NOTHING, SCHEDULES, TEACHERS, Gaussian, denoiser, endpoint, game, gaussian
+from toys import NOTHING, SCHEDULES, TEACHERS, Gaussian, denoiser, endpoint, game, gaussian, ring
 
 from fewstep.objectives import Batch
 from fewstep.objectives.base import objectives
@@ -22,6 +24,7 @@ GAMES = sorted(name for name, kind in objectives().items() if issubclass(kind, T
         ({"critic_turns": 0}, "critic_turns"),
         ({"critic_turns": -1}, "critic_turns"),
         ({"ida": 1.2}, "ida"),
+        ({"shift": 0.0}, "shift must be positive"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(name: str, wrong: dict[str, float], said: str) -> None:
@@ -36,6 +39,27 @@ def test_a_round_is_the_critics_turns_and_then_the_students(name: str) -> None:
     assert [turn.player for turn in turns] == ["critic"] * 3 + ["student"]
     assert [dict(turn.followers) for turn in turns] == [{}] * 3 + [{"critic": 0.25}]
     assert {name for turn in turns for name in turn.movers} == {"student", *game.needs.roles}, "what is asked for is trained"
+
+
+@pytest.mark.parametrize("name", [*GAMES, "phased_dmd"])
+def test_a_shift_moves_both_players_times_towards_noise(name: str) -> None:
+    """Where the critic is asked; k = 5 takes 0.5 to 5 / 6, and a half of all times above that."""
+    kind = objectives()[name]
+    for shift, middle in ((1.0, 0.5), (5.0, 5 / 6)):
+        objective = kind(shift=shift, **({"phases": 1} if name == "phased_dmd" else {"steps": 1}))
+        world, asked = ring(objective), []
+        schedule = world.nets.student.schedule
+
+        def note(net, x, time, cond, asked=asked, schedule=schedule):
+            asked.append(schedule.t_of_model_time(time))
+            return net(x, time, cond)
+
+        critic = replace(world.nets.critic, call=note)
+        nets = replace(world.nets, critic=critic, judge=replace(world.nets.judge, denoiser=critic) if world.nets.judge else None)
+        for turn in objective.round(0)[-2:]:
+            asked.clear()
+            turn.loss(nets, world.batch(1024), stream(0, 0, 0, 0))
+            assert float((asked[0] > middle).double().mean()) == pytest.approx(0.5, abs=0.06), turn.player
 
 
 @pytest.mark.parametrize("schedule, target", TEACHERS)
