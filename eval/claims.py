@@ -24,15 +24,15 @@ MEASURES = ("fd", "accuracy", "recall", "coverage")
 
 @dataclass(frozen=True)
 class Student:
-    """One results file: a student, what it was trained with and for how many seconds of one processor at most, its distance at
-    its steps for each seed, and its mean measures by number of steps beside its teacher's."""
+    """One results file: a student, what it was trained with and for how many seconds of one processor at most, each measure at
+    its steps for every seed, and its mean measures by number of steps beside its teacher's."""
 
     name: str
     teacher: str
     steps: int
     config: Config
     seconds: float | None
-    distances: tuple[float, ...]
+    each: Mapping[str, tuple[float, ...]]
     own: Mapping[int, Mapping[str, float]]
     theirs: Mapping[int, Mapping[str, float]]
 
@@ -57,8 +57,9 @@ def students(folder: Path) -> list[Student]:
         own, theirs = (_means(r for r in rows if r["model"] == model) for model in ("student", "teacher"))
         steps, spent = config.objective.steps, [x for x in cost.get("train_cpu_seconds") or () if x is not None]
         if steps in own and steps < 50 and {50, steps} <= theirs.keys():
-            distances = tuple(r["fd"] for r in rows if (r["model"], r["steps"]) == ("student", steps))
-            found.append(Student(name, cost["teacher"], steps, config, max(spent, default=None), distances, own, theirs))
+            mine = [r for r in rows if (r["model"], r["steps"]) == ("student", steps)]
+            each = {key: tuple(r[key] for r in mine) for key in own[steps]}
+            found.append(Student(name, cost["teacher"], steps, config, max(spent, default=None), each, own, theirs))
     return found
 
 
@@ -100,6 +101,13 @@ def unified(known: list[Student]) -> Iterable[str]:
             yield f"one LoRA for all steps, {s.name}, times the teacher's FD there: {', '.join(parts)}"
 
 
+def seeded(known: list[Student]) -> Iterable[str]:
+    """With how many seeds the nearest were measured."""
+    nearest = sorted((s for s in known if s.steps == 1), key=lambda s: s.own[1]["fd"])[:5]
+    if nearest:
+        yield "seeds of the nearest in 1 step: " + ", ".join(f"{len(s.each['fd'])} ({s.name})" for s in nearest)
+
+
 def cheap(known: list[Student]) -> Iterable[str]:
     """Twenty minutes of one processor."""
     spent = sorted((s.seconds / 60, s.name) for s in known if s.seconds is not None)
@@ -120,8 +128,10 @@ def real(known: list[Student]) -> Iterable[str]:
 def forward(known: list[Student]) -> Iterable[str]:
     """Whether the forward KL keeps more modes than the reverse one."""
     kl, rkl = ([s for s in known if isinstance(s.objective, FDistill) and s.objective.divergence == f] for f in ("kl", "rkl"))
-    for a, b in _alike(kl, rkl):
-        yield f"{a.name} against {b.name}: {_kept(a, b)}"
+    pairs = _alike(kl, rkl)
+    yield from (f"{a.name} against {b.name}: {_kept(a, b)}" for a, b in pairs)
+    if not pairs and any(isinstance(s.objective, FDistill) for s in known):
+        yield "forward against reverse KL: not measured on this teacher"
 
 
 def phased(known: list[Student]) -> Iterable[str]:
@@ -138,11 +148,16 @@ def _alike(some: list[Student], others: list[Student]) -> list[tuple[Student, St
 
 
 def _kept(a: Student, b: Student) -> str:
-    pairs = {key: (a.own[a.steps][key], b.own[b.steps][key]) for key in ("recall", "coverage")}
-    return ", ".join(f"{key} {x:.3f} against {y:.3f} ({'more' if x > y else 'not more'})" for key, (x, y) in pairs.items())
+    parts = []
+    for key in ("recall", "coverage"):
+        x, y = (statistics.mean(s.each[key]) for s in (a, b))
+        spread = max(statistics.stdev(v) if len(v) > 1 else 0.0 for v in (a.each[key], b.each[key]))
+        verdict = "more" if x > y + spread else "less" if x < y - spread else "no more than seeds differ"
+        parts.append(f"{key} {x:.3f} against {y:.3f} ({verdict})")
+    return f"{', '.join(parts)}; seeds: {len(a.each['fd'])} and {len(b.each['fd'])}"
 
 
-CLAIMS: tuple[Callable[[list[Student]], Iterable[str]], ...] = (halved, near, unified, real, forward, phased, cheap)
+CLAIMS: tuple[Callable[[list[Student]], Iterable[str]], ...] = (halved, near, unified, real, forward, phased, seeded, cheap)
 
 
 def page(folder: Path) -> list[str]:

@@ -134,9 +134,9 @@ def best(known: list[claims.Student], most: int = 6) -> str:
         for s in sorted(mine, key=lambda s: s.own[steps]["fd"])[:most]:
             pairs = (f"{m[steps][key]:{form}}" for key, form in (("fd", ".1f"), ("accuracy", ".3f")) for m in (s.own, s.theirs))
             fd, there, right, theirs = pairs
-            spread = f" ± {statistics.stdev(s.distances):.1f}" if len(s.distances) > 1 else ""
+            spread = f" ± {statistics.stdev(s.each['fd']):.1f}" if len(s.each["fd"]) > 1 else ""
             spent = "-" if s.seconds is None else f"{s.seconds:.0f}"
-            rows.append([f"`{s.name}`", str(steps), fd + spread, there, right, theirs, spent, str(len(s.distances))])
+            rows.append([f"`{s.name}`", str(steps), fd + spread, there, right, theirs, spent, str(len(s.each["fd"]))])
     head = ["config", "steps", "FD", "the teacher's there", "accuracy", "the teacher's there", "CPU seconds", "seeds"]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 

@@ -72,9 +72,7 @@ def test_real_data_take_a_student_past_its_teacher_or_do_not(measured, fd, said)
     assert line == f"real data through heads, gan: {said} the teacher's 50 steps ({fd / 40:.2f} times its FD)"
 
 
-@pytest.mark.parametrize(
-    ("recall", "said"), [(0.6, "recall 0.600 against 0.500 (more)"), (0.4, "0.400 against 0.500 (not more)")]
-)
+@pytest.mark.parametrize(("recall", "said"), [(0.6, "recall 0.600 against 0.500 (more)"), (0.4, "0.400 against 0.500 (less)")])
 def test_who_keeps_more_modes(measured, recall, said):
     measured("rkl", {"name": "f_distill", "steps": 1, "divergence": "rkl"}, 9.0)
     measured("other", {"name": "f_distill", "steps": 1, "divergence": "rkl"}, 9.0, teacher="zoo:b w=3")
@@ -82,8 +80,26 @@ def test_who_keeps_more_modes(measured, recall, said):
     measured("phased", {"name": "phased_dmd", "steps": 4}, 10.0, recall=recall)
     known = measured("kl", {"name": "f_distill", "steps": 1, "divergence": "kl"}, 9.0, recall=recall)
     (forward,), (phased,) = claims.forward(known), claims.phased(known)
-    assert forward.startswith("kl against rkl: ") and said in forward and "coverage 0.500 against 0.500 (not more)" in forward
+    assert (
+        forward.startswith("kl against rkl: ")
+        and said in forward
+        and "coverage 0.500 against 0.500 (no more than seeds differ); seeds: 1 and 1" in forward
+    )
     assert phased.startswith("phased against dmd: FD 10.0 against 20.0, ") and said in phased
+
+
+def test_what_seeds_alone_could_make_is_no_difference(measured, tmp_path):
+    measured("kl", {"name": "f_distill", "steps": 1, "divergence": "kl"}, 9.0, recall=0.52)
+    known = measured("rkl", {"name": "f_distill", "steps": 1, "divergence": "rkl"}, 8.0, 9.0)
+    assert list(claims.forward(known[:1])) == ["forward against reverse KL: not measured on this teacher"]
+    assert "(more)" in next(iter(claims.forward(known)))
+    file = tmp_path / "rkl.json"
+    found = json.loads(file.read_text())
+    found["rows"][-1]["recall"] = 0.56  # the other has 0.5
+    file.write_text(json.dumps(found))
+    known = claims.students(tmp_path)
+    assert "recall 0.520 against 0.530 (no more than seeds differ)" in next(iter(claims.forward(known)))
+    assert list(claims.seeded(known)) == ["seeds of the nearest in 1 step: 2 (rkl), 1 (kl)"]
 
 
 def test_each_teacher_has_its_own_and_who_does_not_say_how_it_was_trained_has_none(measured, tmp_path):
