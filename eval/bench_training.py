@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.api import Study, open_study
 from fewstep.config import parse
 from fewstep.costs import Passes, saved_bytes
 from fewstep.data import Buckets, Source, open_source
 from fewstep.evaluation.results import environment
 from fewstep.objectives.base import Batch, Losses, Needs, Nets, Turn
 from fewstep.stream import Stream, stream
+from fewstep.study import Study, open_study
 from fewstep.trainer import Job, fit
 
 BATCH = 32

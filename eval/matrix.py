@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from fewstep import checkpoint, proof
-from fewstep.api import Run, Study, open_study
+from fewstep.api import Run
 from fewstep.config import Config, parse
 from fewstep.data import open_source
 from fewstep.families import family_of
 from fewstep.folders import pipeline_name
 from fewstep.objectives import Needs, Objective, Turn
+from fewstep.study import Study, open_study
 from fewstep.trainer import Job, fit
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fewstep import proof
+from fewstep.devices import default_device
 from fewstep.families import family_of
 from fewstep.progress import track
 from fewstep.stream import rows
@@ -32,7 +33,8 @@ def wanted_steps(steps: int | None, trained: int) -> int:
 
 
 class Exported:
-    """The pipeline of an export, in float32 on the CPU. Raises ValueError where the folder, or a LoRA's teacher, is not whole."""
+    """The pipeline of an export, in float32, on a GPU where there is one. Raises ValueError where the folder, or a LoRA's
+    teacher, is not whole."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -40,7 +42,7 @@ class Exported:
             self.facts: dict[str, Any] = proof.read(self.folder)
             if self.facts["runs_by"]:
                 proof.own_pipeline(self.folder, self.facts["runs_by"])
-            self.pipe = proof.load(self.folder, self.facts, base_of(self.folder))
+            self.pipe = proof.load(self.folder, self.facts, base_of(self.folder)).to(default_device())
         except proof.Broken as error:
             raise ValueError(f"{self.folder}: {error}") from error
 

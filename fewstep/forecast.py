@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from fewstep.api import Study, study_of
 from fewstep.config import Config
 from fewstep.costs import Ledger
 from fewstep.data import CHUNK, ENCODED_AT_ONCE, read_prompts
@@ -23,6 +22,7 @@ from fewstep.objectives import Batch, Turn
 from fewstep.optimizers import KINDS
 from fewstep.sampling import STEPS, sample
 from fewstep.stream import stream
+from fewstep.study import Study, study_of
 from fewstep.weightless import TrueMasks, bare, pretend, quiet, weightless, weightless_teacher
 
 A_PROMPT = "an old stone bridge over a quiet river in the light of a late summer afternoon, two boats below it, oil on canvas"

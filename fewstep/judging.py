@@ -17,6 +17,7 @@ from fewstep.adapters import Teacher, load_teacher
 from fewstep.api import Run
 from fewstep.data import default_cache
 from fewstep.denoiser import Denoiser, Guided
+from fewstep.devices import default_device
 from fewstep.evaluation import images as folders
 from fewstep.evaluation import latency, results
 from fewstep.evaluation.protocol import (
@@ -164,7 +165,7 @@ def _rows(
     if is_export(target):
         exported = Exported(target)
         return _students(exported, steps or exported.counts, protocol), {}
-    master = load_teacher(str(target))
+    master = load_teacher(str(target), default_device())
     denoiser = master.guided(master.net)
     return [_guided(master, denoiser, n, protocol) for n in (steps or TEACHER_STEPS)], {}
 

@@ -26,12 +26,12 @@ def generate(
     batch: int = 64,
     bar: str = "",
 ) -> np.ndarray:
-    """Pictures uint8 (n, h, w, 3) of n conditions; picture i depends on (seed, i) alone, not on the batch."""
-    device = str(next(teacher.net.parameters()).device)
+    """Pictures uint8 (n, h, w, 3) of n conditions; picture i's noise depends on (seed, i) alone, not on batch or device."""
+    device = next(teacher.net.parameters()).device
     parts = []
     for start in track(range(0, len(cond), batch), bar, len(cond), each=batch, active=bool(bar)):
         part = cond[start : start + batch].to(device)
-        noise = rows(seed, start, start + len(part), device)
-        x = denoiser.schedule.prior(noise.normal((len(part), *teacher.latent_shape)))
+        noise = rows(seed, start, start + len(part))
+        x = denoiser.schedule.prior(noise.normal((len(part), *teacher.latent_shape)).to(device))
         parts.append(teacher.to_images(sample(denoiser, x, times, part, step=STEPS[sampler], rng=noise)))
     return np.concatenate(parts)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fewstep.api import Study, study_of
 from fewstep.config import Config
+from fewstep.study import Study, study_of
 from fewstep.weightless import bare, weightless, weightless_teacher
 
 # sigma / alpha at timesteps 399 and 699 of zoo:sprites-sd, where students of one step, and of more, were nearest to it

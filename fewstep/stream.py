@@ -82,10 +82,10 @@ class Rows:
         return torch.stack([s.normal(tuple(shape[1:]), dtype) for s in self.streams])
 
     def normal_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise of the shape and dtype of x."""
-        return self.normal(x.shape, x.dtype)
+        """Standard normal noise of the shape and dtype of x, where x is."""
+        return self.normal(x.shape, x.dtype).to(x.device)
 
 
-def rows(seed: int, start: int, stop: int, device: str = "cpu") -> Rows:
-    """The streams of samples start..stop-1 of a seed."""
-    return Rows(tuple(Stream((seed, "sample", i), device) for i in range(start, stop)))
+def rows(seed: int, start: int, stop: int) -> Rows:
+    """The streams of samples start..stop-1 of a seed, on the CPU, so that a picture is the same wherever it is drawn."""
+    return Rows(tuple(Stream((seed, "sample", i)) for i in range(start, stop)))

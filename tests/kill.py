@@ -18,6 +18,7 @@ import torch
 
 from fewstep import api
 from fewstep.config import parse
+from fewstep.preview import Preview
 
 torch.set_num_threads(1)
 
@@ -80,7 +81,7 @@ def wait(child: int, ready: Callable[[], bool]) -> None:
 
 def main(teacher: str, work: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
-    api.Preview.__call__ = lambda *_: None  # type: ignore[method-assign]  # 50 teacher steps that nobody looks at
+    Preview.__call__ = lambda *_: None  # type: ignore[method-assign]  # 50 teacher steps that nobody looks at
     prompts = work / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
     tree = settings(teacher, str(prompts), 3 * kills + 4)

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "progress": set(),
     "hints": set(),
     "origin": set(),
+    "devices": set(),
     #
     "denoiser": MATH,
     #
@@ -73,9 +74,9 @@ MAY_IMPORT = {
     "card": DENOISER | PARTS | TEACHER | {"loraformat"},
     "export": DENOISER | PARTS | SIDE_DOORS | {"embedders", "slim", "origin", "swap"},
     "verify": DENOISER | PARTS | SIDE_DOORS,
-    "exported": {"proof", "verify", "families", "progress", "stream"},
+    "exported": {"devices", "proof", "verify", "families", "progress", "stream"},
     # the judge: sees pictures, not how they were trained
-    "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress", "hints", "origin"},
+    "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress", "hints", "origin", "devices"},
     # the embedded world is free of the framework; the programs that made its teachers are not
     "zoo": DENOISER | PARTS | {"progress"},
     "zoo.teachers": DENOISER | PARTS | {"zoo", "families"},
@@ -90,17 +91,45 @@ MAY_IMPORT = {
     "identity": {"checkpoint", "data"},
     "walks": {"adapters", "config", "objectives", "plain"},
     "stages": {"checkpoint", "config", "experts", "loraformat", "networks", "trainer", "succession"},
+    "study": DENOISER
+    | PARTS
+    | {
+        "adapters",
+        "config",
+        "data",
+        "experts",
+        "networks",
+        "objectives",
+        "painting",
+        "pixels",
+        "preview",
+        "roles",
+        "slim",
+        "walks",
+    },
     "api": DENOISER
     | PARTS
     | SIDE_DOORS
     | LOOP
-    | {"objectives", "verify", "evaluation", "zoo", "config", "painting", "pixels", "plain", "preview", "stages", "slim"}
-    | {"exported", "identity", "roles", "walks"},
+    | {
+        "objectives",
+        "verify",
+        "evaluation",
+        "zoo",
+        "config",
+        "plain",
+        "stages",
+        "devices",
+        "exported",
+        "identity",
+        "study",
+        "walks",
+    },
     # what the commands do; Run.evaluate, which is below, finds judging by its name when it is asked
-    "plan": {"config", "weightless", "api"},
-    "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "api"},
+    "plan": {"config", "weightless", "study"},
+    "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "data", "config", "study"},
     "drawing": {"api", "data", "evaluation", "exported"},
-    "judging": {"api", "adapters", "exported", "data", "denoiser", "evaluation", "painting", "stages", "zoo"},
+    "judging": {"api", "adapters", "devices", "exported", "data", "denoiser", "evaluation", "painting", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),
     "push": {"proof"},

@@ -12,6 +12,7 @@ from fewstep import api
 from fewstep.config import parse
 from fewstep.costs import Ledger
 from fewstep.forecast import forecast, told
+from fewstep.preview import Preview
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +108,14 @@ def measured(config, folder, monkeypatch):
         with ledger:
             ledger.highest(lambda: fit(job, **options))
 
-    def drawn(preview, *given, draw=api.Preview.__call__):
+    def drawn(preview, *given, draw=Preview.__call__):
         found["training"] = ledger.peak
         found["pictures"] = ledger.highest(lambda: draw(preview, *given))
 
     monkeypatch.setattr(api, "open_study", opened)
     monkeypatch.setattr(api, "open_source", sourced)
     monkeypatch.setattr(api, "fit", trained)
-    monkeypatch.setattr(api.Preview, "__call__", drawn)
+    monkeypatch.setattr(Preview, "__call__", drawn)
     monkeypatch.setattr(api.Study, "draw_teacher", lambda study, cond, steps, draw=api.Study.draw_teacher: draw(study, cond, 2))
     api.train(config, folder)
     return found

@@ -13,6 +13,7 @@ from fewstep.config import parse
 from fewstep.heads import Heads
 from fewstep.pixels import Pixels, open_pixels
 from fewstep.plan import plan
+from fewstep.study import study_of
 from fewstep.taps import taps_of
 
 
@@ -101,4 +102,4 @@ def test_a_feature_network_that_is_not_there_is_refused():
 def test_a_teacher_of_videos_is_refused_before_anything_is_trained(tmp_path):
     teacher = load_teacher(str(save(tiny_ltx_pipeline(), tmp_path)), size=(9, 32, 64))
     with pytest.raises(ValueError, match="pixel heads look at pictures, and this teacher draws videos; use dmd2, ladd"):
-        api.study_of(config(), teacher)
+        study_of(config(), teacher)

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ import fewstep
 from fewstep import api, checkpoint, judging, proof
 from fewstep.config import load, parse
 from fewstep.networks import Role
+from fewstep.preview import Preview
 from fewstep.trainer import Player, make_accelerator
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +53,7 @@ def data(tmp_path_factory):
 def setup(teacher, data, tmp_path, monkeypatch, request):
     """(objective, weights, **train) -> Config; no pictures are drawn unless a test is marked `pictures`."""
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(api.Preview, "__call__", lambda *_: None)
+    monkeypatch.setattr(Preview, "__call__", lambda *_: None)
 
     def make(objective="dmd", weights="lora", **train):
         options = {
@@ -335,3 +337,30 @@ def test_a_killed_run_ends_as_one_that_never_was(teacher, tmp_path, kills):
     assert told["kills"] == kills and told["while saving"] > 0
     assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+def placed(pipe):
+    return {part.device.type for part in pipe.components.values() if isinstance(part, torch.nn.Module)}
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_whoever_encodes_and_draws_is_where_the_run_is(name, folders, setup, monkeypatch):
+    """Text encoders and autoencoder, too: SD3's transformer comes first, and the pipeline takes its device for all."""
+    config = setup()
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": str(folders[name])})})
+    monkeypatch.setattr(api, "make_accelerator", lambda *_, **__: SimpleNamespace(device=torch.device("meta")))
+
+    def look(teacher, **_):
+        assert placed(teacher.pipe) == {"meta"} and teacher.pipe.device.type == "meta"
+        raise InterruptedError
+
+    monkeypatch.setattr(api, "open_source", look)
+    with pytest.raises(InterruptedError):
+        api.train(config, Path(os.environ["FEWSTEP_CACHE"]) / "run")
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_a_run_draws_on_the_gpu_where_there_is_one_and_none_was_refused(asked, setup, tmp_path, monkeypatch):
+    run = api.train(setup(rounds=1, device=asked), tmp_path / "run")
+    monkeypatch.setattr(api, "default_device", lambda: "meta")
+    assert placed(api.Run(run.folder).study.teacher.pipe) == {"meta" if asked == "auto" else "cpu"}

@@ -11,6 +11,7 @@ from torch import nn
 from fewstep import api
 from fewstep.costs import Ledger
 from fewstep.networks import Lora, build
+from fewstep.preview import Preview
 from fewstep.storage import KEEPINGS, keep_small, nf4_levels, noting
 from fewstep.verify import verify
 
@@ -128,7 +129,7 @@ def test_backward_is_left_notes_and_no_whole_weights(kind):
 
 def test_a_student_learns_on_a_kept_base_and_its_export_is_proved(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(api.Preview, "__call__", lambda *_: None)
+    monkeypatch.setattr(Preview, "__call__", lambda *_: None)
     (tmp_path / "prompts.txt").write_text("a red circle\nblue\n")
     teacher = str(save(MAKERS["sd"][0](), tmp_path / "teacher")), None
     wanted = config(teacher, str(tmp_path / "prompts.txt"), storage="nf4")

@@ -78,9 +78,8 @@ def make_pairs(
 
 @torch.no_grad()
 def _draw(teacher: Teacher, wish: Pairs, times: Sequence[float], start: int, cond: Cond) -> dict[str, Tensor]:
-    device = str(next(teacher.net.parameters()).device)
-    streams = rows(SEED, start, start + len(cond), device)
-    noise = streams.normal((len(cond), *teacher.latent_shape))
+    device, streams = next(teacher.net.parameters()).device, rows(SEED, start, start + len(cond))
+    noise = streams.normal((len(cond), *teacher.latent_shape)).to(device)
     return {
         "noise": noise,
         "latents": sample(wish.guided, wish.guided.schedule.prior(noise), times, cond.to(device), step=ddim, rng=streams),

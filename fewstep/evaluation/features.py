@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.devices import default_device
 from fewstep.evaluation.images import check
 
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -86,11 +87,6 @@ def module_features(module: torch.nn.Module, id: str, *, batch: int = 64) -> Ext
     The id gains the hash of its weights.
     """
     return Extractor(f"{id}:{weights_sha(module)}:native", module, lambda x: channels_first(x).float() / 255, module, batch)
-
-
-def default_device() -> str:
-    """The first GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from terminal import Result, contents, is_refusal, settings
 
 from fewstep import api, cli
 from fewstep.config import parse
+from fewstep.preview import Preview
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +38,7 @@ def trained(teacher, tmp_path_factory):
     config.write_text(yaml.safe_dump(settings(teacher, folder / "prompts.txt")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWSTEP_CACHE", str(folder / "cache"))
-        patch.setattr(api.Preview, "__call__", lambda *_: None)
+        patch.setattr(Preview, "__call__", lambda *_: None)
         api.train(parse(yaml.safe_load(config.read_text())), folder / "run")
     return config, folder / "run"
 
@@ -47,7 +48,7 @@ def command(monkeypatch, capsys, tmp_path):
     """fewstep(*arguments) -> Result, in this process and in an empty folder."""
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TQDM_DISABLE", "1")  # `main` sets it; here it must not outlive the test
-    monkeypatch.setattr(api.Preview, "__call__", lambda *_: None)
+    monkeypatch.setattr(Preview, "__call__", lambda *_: None)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `main` sets it
     monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # else usage names `python -m pytest`, where that runs
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,6 @@ from tiny import tiny_sd_pipeline
 from toys import EPS_V_FLOW, SCHEDULES, Gaussian, denoiser, game, gaussian
 
 from fewstep.adapters import teacher_of
-from fewstep.api import study_of
 from fewstep.config import parse
 from fewstep.losses import CONTESTS, flat_mean
 from fewstep.objectives import Batch
@@ -22,6 +21,7 @@ from fewstep.objectives.tcd import TCD
 from fewstep.sampling import ddim, uniform_grid
 from fewstep.schedules import like
 from fewstep.stream import stream
+from fewstep.study import study_of
 
 INNER = [Progressive(steps=4), Consistency(steps=4, solver_steps=20), TCD(steps=4, solver_steps=20)]
 

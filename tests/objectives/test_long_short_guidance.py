@@ -19,13 +19,13 @@ from toys import (
 )
 
 from fewstep.adapters import load_teacher
-from fewstep.api import study_of
 from fewstep.config import parse
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.objectives import Batch
 from fewstep.objectives.adversarial import Adversarial
 from fewstep.objectives.sid import SiD
 from fewstep.stream import stream
+from fewstep.study import study_of
 
 
 def law(mean, var):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep import api
+from fewstep.preview import Preview
 
 
 @pytest.fixture(scope="module")
@@ -26,5 +26,5 @@ def quiet(tmp_path_factory):
     """Encodings are kept for all tests, and no pictures are drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(api.Preview, "__call__", lambda *_: None)
+        patch.setattr(Preview, "__call__", lambda *_: None)
         yield

@@ -5,6 +5,7 @@ from isolated import proofs_of
 
 from fewstep import api
 from fewstep.config import parse
+from fewstep.preview import Preview
 from fewstep.zoo import folder
 
 # name: (teacher, weights); a LoRA on sprites-sd is what `fewstep demo` makes
@@ -18,7 +19,7 @@ def proofs(tmp_path_factory):
     (root / "prompts.txt").write_text("a small red circle on a grey background\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWSTEP_CACHE", str(root / "cache"))
-        patch.setattr(api.Preview, "__call__", lambda *_: None)
+        patch.setattr(Preview, "__call__", lambda *_: None)
         for name, (teacher, weights) in RUNS.items():
             tree = {
                 "teacher": {"path": f"zoo:{teacher}"},
