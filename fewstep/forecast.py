@@ -21,12 +21,14 @@ from fewstep.networks import Role
 from fewstep.objectives import Batch, Turn
 from fewstep.optimizers import KINDS
 from fewstep.sampling import STEPS, sample
+from fewstep.slim import try_out
 from fewstep.stream import stream
 from fewstep.study import Study, study_of
 from fewstep.weightless import TrueMasks, bare, pretend, quiet, weightless, weightless_teacher
 
 A_PROMPT = "an old stone bridge over a quiet river in the light of a late summer afternoon, two boats below it, oil on canvas"
 PICTURES = 8  # of a preview
+UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException)  # networks that read what the device has computed
 
 
 def told(config: Config) -> dict[str, float | str]:
@@ -34,7 +36,7 @@ def told(config: Config) -> dict[str, float | str]:
     try:
         with quiet():
             found = max((forecast(stage) for stage in config.stages or (config,)), key=lambda x: max(x["phases"].values()))
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except UNKNOWABLE as error:
         return {"peak": f"not predicted: something reads what the device has computed ({error})"}
     parts = {f"training, {name}": size for name, size in found["parts"].items() if size}
     return {k: round(v / 2**20, 1) for k, v in {"peak": max(found["phases"].values()), **found["phases"], **parts}.items()}
@@ -44,7 +46,7 @@ def forecast(config: Config) -> dict[str, Any]:
     """Most bytes that a run's tensors take at once: `phases`, by phase; `parts`, what they are at the highest point of training.
 
     Tensors alone are counted: an allocator's gaps, a CUDA context and kernels' workspaces come on top, and so do the encoded
-    prompts and images, which stay in host memory. Raises ValueError for a teacher that is no folder."""
+    prompts and images, which stay in host memory. Raises ValueError for a student that does not fit its teacher."""
     mode, data, needs = weightless(), config.data, config.objective.needs
     prompts = sorted(read_prompts(data.prompts), key=len) if data.prompts is not None else [A_PROMPT] * ENCODED_AT_ONCE
     if data.images not in (None, "zoo:sprites"):
@@ -83,7 +85,20 @@ def _study(config: Config, mode: FakeTensorMode) -> Study:
     for module in nn.ModuleList(study.roles.values()).modules():
         if isinstance(module, Role):
             module.adopt()
+    if config.student.network:
+        _try_out(study)
     return study
+
+
+def _try_out(study: Study) -> None:
+    """Refuses a student that training would refuse, in its words; one that only true tensors could tell of passes."""
+    try:
+        with TrueMasks():
+            null = study.teacher.null()  # the study's own is to be counted later, where it is made
+            try_out(study.student(study.roles["student"]), study.teacher.latent_shape, null)
+    except ValueError as error:
+        if not isinstance(error.__cause__, UNKNOWABLE):
+            raise
 
 
 def _resident(study: Study) -> Iterator[tuple[str, list[Tensor]]]:

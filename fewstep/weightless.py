@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,13 +111,17 @@ def _numbers(place: Tensor | None) -> list[Tensor | None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What pipelines say of prompts that they cut is not about the user's."""
+    """What pipelines say of prompts that they cut is not about the user's; what does not fit is said in one sentence."""
     loggers = diffusers.utils.logging, transformers.utils.logging
+    shapes = logging.getLogger(torch._subclasses.fake_tensor.__name__)
+    was = shapes.disabled
     before = [logger.get_verbosity() for logger in loggers]
     for logger in loggers:
         logger.set_verbosity_error()
+    shapes.disabled = True
     try:
         yield
     finally:
+        shapes.disabled = was
         for logger, level in zip(loggers, before, strict=True):
             logger.set_verbosity(level)

@@ -1,6 +1,7 @@
 """A user's mistake costs one or two lines and exit code 2, and changes nothing on disk."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def test_a_teacher_that_is_damaged(refused, config, teacher, tmp_path):
     file = folder / "unet/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     refused("cannot be loaded .*save it again with pipe.save_pretrained", "train", config(teacher={"path": str(folder)}))
+
+
+@pytest.mark.parametrize("network", ["cross_attention_dim: 7", "in_channels: 3", "layers_per_block: -1", "out_channels: 3"])
+def test_a_student_that_does_not_fit_its_teacher(refused, config, network, monkeypatch):
+    heard = []
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "handle", heard.append)
+    said = "student.network: the student does not take what its teacher takes"
+    for verb in ("train", "plan"):
+        refused(said, verb, config(), "--set", f"student={{weights: full, network: {{{network}}}}}")
+    assert not heard  # of what networks without weights run into, torch would print a traceback
 
 
 # Data
