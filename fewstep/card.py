@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,21 @@ def _license(teacher: Teacher) -> dict[str, str]:
     return {k: data[k] for k in LICENSE if data.get(k)}
 
 
+def named(told: Any) -> Any:
+    """A record in which files and folders of this disk go by their last name: where they lie helps nobody elsewhere."""
+    if isinstance(told, dict):
+        return {key: named(value) for key, value in told.items()}
+    if isinstance(told, list | tuple):
+        return [named(value) for value in told]
+    found = re.fullmatch(r"(|.*:)/(?!/).*?([^/]+)/?", told) if isinstance(told, str) else None
+    return found[1] + found[2] if found else told
+
+
 def _summary(facts: dict[str, Any]) -> str:
     made = {"lora": "LoRA on", "full": "distilled copy of"}[facts["form"]]
     steps = facts["steps"]
     return (
-        f"A few-step {made} `{facts['teacher']['path']}` (`{facts['base_pipeline']}`), trained for {steps} "
+        f"A few-step {made} `{named(facts['teacher']['path'])}` (`{facts['base_pipeline']}`), trained for {steps} "
         f"step{'s' * (steps > 1)} with the sampler `{facts['sampler']}` by fewstep {facts['fewstep']}."
     )
 
@@ -179,4 +190,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _made(facts: dict[str, Any]) -> str:
     kept = {k: facts[k] for k in ("fewstep", "git", "teacher", "form", "sampler", "steps")}
     record = {k: v for k, v in facts["record"].items() if k != "results"}
-    return yaml.safe_dump(json.loads(json.dumps({**kept, **record})), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(json.loads(json.dumps(named({**kept, **record}))), sort_keys=False, allow_unicode=True)

@@ -245,7 +245,7 @@ def _facts(
         "steps": steps,
         "times": raw,
         "call": call,
-        "record": record,
+        "record": card.named(record),
     }
 
 

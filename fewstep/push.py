@@ -82,7 +82,7 @@ def pack(folder: Path | str, hub_id: str) -> Parcel:
 
 def _notes(facts: dict[str, Any], card: str) -> list[str]:
     found, teacher = [], facts["teacher"]["path"]
-    if facts["form"] == "lora" and Path(teacher).is_absolute():
+    if facts["form"] == "lora" and (Path(teacher).is_absolute() or teacher.startswith("zoo:")):
         found.append(f"others cannot load this LoRA's teacher, {teacher}; train from its hub id, or say on the card where it is")
     if not re.search(r"^license:", card.split("\n---", 1)[0], re.M):
         found.append("the card states no licence, as the teacher's states none; add the one you may give")

@@ -105,6 +105,21 @@ def test_what_is_recorded(sd, lora):
     assert facts["record"] == RECORD and facts["form"] == "lora" and facts["teacher"]["path"] == sd.path
 
 
+def test_where_files_lay_on_this_disk_is_nowhere_in_what_others_read(sd, tmp_path):
+    """A full student needs no teacher beside it; data go by their names, what is no place stays."""
+    parts = {"prompts": "/home/me/my words/prompts.txt", "images": "/home/me/shards/train-*.tar"}
+    config = {"teacher": {"path": sd.path}, "data": parts, "stages": [{"data": parts}], "see": "https://host/a/b", "lr": 1.0}
+    record = {"config": config, "results": {"rows": [], "protocol": {"extractor": "open_clip:ViT:/home/me/weights.safetensors"}}}
+    out = export(sd, Full(), student(sd, Full()), sampler="renoise", steps=1, to=tmp_path / "out", record=record)
+    told, written = (out / "README.md").read_text(), json.loads((out / FACTS).read_text())["record"]
+    assert sd.path not in told and "distilled copy of `sd`" in told
+    assert "/home/me" not in told + json.dumps(written)
+    for kept in (written["config"], written["config"]["stages"][0]):
+        assert kept["data"] == {"prompts": "prompts.txt", "images": "train-*.tar"}
+    assert written["results"]["protocol"]["extractor"] == "open_clip:ViT:weights.safetensors"
+    assert (written["config"]["see"], written["config"]["lr"]) == ("https://host/a/b", 1.0)
+
+
 def test_the_card_states_what_is_known_and_invents_no_licence(sd, zimage, lora):
     made = ModelCard.load(lora / "README.md")
     data = made.data.to_dict()

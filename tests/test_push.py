@@ -178,12 +178,13 @@ def test_a_hub_that_refuses_or_is_not_there_is_a_sentence(hub, out, monkeypatch,
     assert "hf auth login" in said and said.count("\n") == 1
 
 
-def test_what_others_will_miss_is_said(out):
-    facts = {**FACTS, "form": "lora", "lora": {}, "teacher": {"path": "/home/me/teacher"}}
+@pytest.mark.parametrize("teacher", ["/home/me/teacher", "zoo:sprites-sd"])
+def test_what_others_will_miss_is_said(out, teacher):
+    facts = {**FACTS, "form": "lora", "lora": {}, "teacher": {"path": teacher}}
     (out / "fewstep.json").write_text(json.dumps(facts))
     (out / "README.md").write_text(CARD.replace("license: mit\n", ""))
     notes = pack(out, "me/four").notes
-    assert len(notes) == 2 and "/home/me/teacher" in notes[0] and "no licence" in notes[1]
+    assert len(notes) == 2 and f"others cannot load this LoRA's teacher, {teacher};" in notes[0] and "no licence" in notes[1]
 
 
 def test_a_run_is_exported_and_then_pushed(hub, out, monkeypatch):
