@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -115,12 +114,13 @@ class Run:
 
     def export(self, to: Place, *, form: str | None = None, layout: str | None = None) -> Path:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
+        from fewstep.evaluation.results import measured
         from fewstep.export import export
 
-        record: dict[str, Any] = {"config": self.config.model_dump(mode="json"), "round": int(self.place.name.split("-")[1])}
-        results = self.folder / "results.json"
-        if results.exists():
-            record["results"] = json.loads(results.read_text())
+        reached = self.last.reached(self.place)
+        record: dict[str, Any] = {"config": self.config.model_dump(mode="json"), **reached}
+        if (results := measured(self.folder, reached)) is not None:
+            record["results"] = results
         wish = self.config.teacher  # loaded afresh: the study's network carries the adapters
         return export(
             as_deployed(load_teacher(wish.path, size=wish.size, guidance=wish.guidance), self.config),

@@ -34,7 +34,7 @@ from fewstep.evaluation.protocol import (
 from fewstep.evaluation.report import check_page, write_report
 from fewstep.exported import Exported, is_export
 from fewstep.painting import generate
-from fewstep.stages import is_run, traces
+from fewstep.stages import find, is_run, traces
 from fewstep.zoo import HERE
 
 TEACHER_STEPS = (50, 1, 2, 4)
@@ -72,9 +72,9 @@ def evaluate(
     where = out or results.place_in(*home, name)
     results.check_place(where, name, None if where.absolute().is_relative_to(target.absolute()) else str(target))
     drawn = _draws(target)
-    measured, said = _drawn(target, protocol, steps, teacher, fresh) if drawn else _pictures(target, protocol, steps)
+    measured, said, reached = _drawn(target, protocol, steps, teacher, fresh) if drawn else _pictures(target, protocol, steps)
     found = results.new([], said)
-    found["environment"]["target"] = str(target)
+    found["environment"] |= {"target": str(target), **reached}
     part = where.with_name(f"{where.stem}.{protocol.hash[:8]}{results.PARTIAL}")
     try:
         for row in measured:
@@ -111,18 +111,22 @@ def _draws(target: Path) -> bool:
 
 def _drawn(
     target: Path, protocol: Protocol, steps: list[int], teacher: bool, fresh: bool
-) -> tuple[Iterator[dict[str, Any]], dict[str, Any]]:
-    """What a model scores, row by row as it is asked for, and what that is measured by."""
+) -> tuple[Iterator[dict[str, Any]], dict[str, Any], dict[str, int]]:
+    """What a model scores, row by row as it is asked for, what that is measured by, and how far the student is trained."""
     prompts, described = load_prompts(protocol), partial(describe, protocol, cache=default_cache())
-    rows, known = _rows(target, protocol, steps, teacher, None if fresh else described)
+    rows, known, reached = _rows(target, protocol, steps, teacher, None if fresh else described)
     if protocol.accuracy:
         check_size(min(rows, key=lambda row: row.steps).draw(prompts[:1], ""), protocol)
     said = described() | _floor(protocol)
-    return (_measure(r, prompts, protocol, known.get(r.steps, {}) if r.model == "teacher" else {}) for r in rows), said
+    scored = (_measure(r, prompts, protocol, known.get(r.steps, {}) if r.model == "teacher" else {}) for r in rows)
+    return scored, said, reached
 
 
-def _pictures(target: Path, protocol: Protocol, steps: list[int]) -> tuple[Iterator[dict[str, Any]], dict[str, Any]]:
-    """What images in a folder score, with the prompts that their manifest says, and what that is measured by."""
+def _pictures(
+    target: Path, protocol: Protocol, steps: list[int]
+) -> tuple[Iterator[dict[str, Any]], dict[str, Any], dict[str, int]]:
+    """What images in a folder score, with the prompts that their manifest says, and what that is measured by; nobody knows how
+    far who drew them was trained."""
     if len(steps) > 1:
         raise ValueError(f"the images in {target} were drawn in one number of steps; give --steps once, or not at all")
     n, pictures = protocol.n, folders.load_folder(target)
@@ -147,27 +151,30 @@ def _pictures(target: Path, protocol: Protocol, steps: list[int]) -> tuple[Itera
         if own is not None and protocol.prompts is not None:
             warnings.warn(f"judged by the prompts of {said['prompts']}, not by those of protocol {protocol.name!r}", stacklevel=2)
     row = {"model": "images", "name": str(target)} | ({"steps": steps[0]} if steps else {})
-    return iter([row | judge(images, own, protocol, cache=default_cache())]), said
+    return iter([row | judge(images, own, protocol, cache=default_cache())]), said, {}
 
 
 def _rows(
     target: Path, protocol: Protocol, steps: list[int], teacher: bool, described: Callable[[], dict[str, Any]] | None
-) -> tuple[list[Row], dict[int, dict[str, Any]]]:
-    """The lines of what draws; and, by its steps, what the teacher's card says of them already, where it may be believed."""
+) -> tuple[list[Row], dict[int, dict[str, Any]], dict[str, int]]:
+    """The lines of what draws; by its steps, what the teacher's card says of them already, where it may be believed; and how far
+    the student is trained."""
     if is_run(target):
         run = Run(target)
+        reached = run.last.reached(run.place)
         lines = _students(run, steps or run.study.steps(), protocol)
         if not teacher:
-            return lines, {}
+            return lines, {}, reached
         master, guided = run.study.teacher, run.study.guided(run.study.roles["teacher"])
         known = _card(master, run.study.guidance, described)
-        return [*(_guided(master, guided, n, protocol) for n in TEACHER_STEPS), *lines], known
+        return [*(_guided(master, guided, n, protocol) for n in TEACHER_STEPS), *lines], known, reached
     if is_export(target):
         exported = Exported(target)
-        return _students(exported, steps or exported.counts, protocol), {}
+        record = exported.facts["record"]
+        return _students(exported, steps or exported.counts, protocol), {}, {k: record[k] for k in results.REACHED if k in record}
     master = load_teacher(str(target), default_device())
     denoiser = master.guided(master.net)
-    return [_guided(master, denoiser, n, protocol) for n in (steps or TEACHER_STEPS)], {}
+    return [_guided(master, denoiser, n, protocol) for n in (steps or TEACHER_STEPS)], {}, {}
 
 
 def _students(student: Run | Exported, steps: Sequence[int], protocol: Protocol) -> list[Row]:
@@ -219,19 +226,23 @@ def table(found: dict[str, Any]) -> str:
 
 def report_runs(runs: list[Path], out: Path) -> Path:
     """One page for several run folders. Raises ValueError for a folder without results."""
-    found, grids, curves = [], [], {}
+    found, grids, curves, notes = [], [], {}, []
     for folder in runs:
         files = results.places_in(folder)
         if not files:
             raise ValueError(f"{folder} has no {CARD}; `fewstep eval {folder} --protocol sprites` makes it")
-        found += [results.read(file) for file in files]
+        last = find(folder)[1] if is_run(folder) else None
+        for file in files:
+            found.append(results.read(file))
+            if last and last.place and (why := results.stale(found[-1], last.reached(last.place))):
+                notes.append(f"{file} {why}; `fewstep eval {folder}` measures it anew")
         for name, part in traces(folder).items():
             pages = sorted((part / "grids").glob("*.png"))
             grids += [(f"{name}: {page.stem}", page) for page in pages[-1:]]
             log = part / "metrics.jsonl"
             if log.exists():
                 curves[name] = _records(log)
-    return write_report(out, results=found, grids=grids, curves=curves)
+    return write_report(out, results=found, grids=grids, curves=curves, notes=notes)
 
 
 def _records(log: Path) -> list[dict[str, Any]]:

@@ -42,6 +42,10 @@ class Stage:
         """The newest checkpoint; None before the first."""
         return checkpoint.latest(self.folder / "checkpoints")
 
+    def reached(self, place: Path) -> dict[str, int]:
+        """How far a checkpoint of it is trained: the round, and after other stages which one it is."""
+        return {"round": int(place.name.split("-")[1]), **({"stage": len(self.before) + 1} if self.before else {})}
+
     @property
     def finished(self) -> bool:
         """Whether the newest checkpoint is of the last round. Raises ValueError where it is damaged."""

@@ -24,6 +24,7 @@ from torch import nn
 import fewstep
 from fewstep import api, checkpoint, judging, proof
 from fewstep.config import load, parse
+from fewstep.evaluation import results
 from fewstep.networks import Role
 from fewstep.preview import Preview
 from fewstep.trainer import Player, make_accelerator
@@ -297,6 +298,18 @@ def test_the_python_api_goes_from_a_teacher_to_a_proof(setup, teacher, data, tmp
     assert report.ok and (tmp_path / "run/export/fewstep.json").exists(), str(report)
     assert run.evaluate("sprites-quick", [2], teacher=False) == {"rows": []}
     assert asked == [((run.folder, "sprites-quick"), {"out": None, "steps": [2], "fresh": False, "teacher": False})]
+
+
+def test_a_card_shows_what_was_measured_of_its_own_round_alone(setup, tmp_path):
+    run = api.train(setup(rounds=1), tmp_path / "run")
+    found = results.new([{"model": "student", "steps": 2, "fd": 1.25}], {"name": "mine", "hash": "a"})
+    found["environment"]["round"] = 1
+    results.write(tmp_path / "run/results.json", found)
+    assert "| student | 2 | 1.25 |" in (run.export(tmp_path / "out") / "README.md").read_text()
+    on = api.train(setup(rounds=2), tmp_path / "run", resume=True)
+    with pytest.warns(UserWarning, match="results.json was measured at round 1, not at round 2, and is left out of the card"):
+        card = (on.export(tmp_path / "out") / "README.md").read_text()
+    assert "Measured" not in card and "round: 2" in card
 
 
 def test_distilling_with_an_objective_of_images_takes_them(monkeypatch):

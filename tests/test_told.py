@@ -185,7 +185,7 @@ def test_sample_and_eval_take_an_export(root, tmp_path):
     assert np.array_equal(shown, Exported(root / "sd").sample(["a circle", "a square"], 2)[1])
     with pytest.raises(ValueError, match="is an export, which has no teacher beside it"):
         draw(root / "sd", ["a circle"], None, [], True, 0, None, tmp_path / "other")
-    rows, known = judging._rows(root / "sd-one", load_protocol("sprites-quick"), [], True, None)
+    rows, known, _ = judging._rows(root / "sd-one", load_protocol("sprites-quick"), [], True, None)
     assert [(row.model, row.steps) for row in rows] == [("student", 1)] and not known
 
 

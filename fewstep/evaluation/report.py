@@ -40,13 +40,14 @@ def write_report(
     results: Sequence[Mapping[str, Any]],
     grids: Sequence[tuple[str, str | Path]] = (),
     curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    notes: Sequence[str] = (),
     title: str = "fewstep report",
 ) -> Path:
     """Writes the page: a table and a quality-versus-steps plot a protocol, grids, training curves; returns its path.
 
-    results: what `results.read` gives, one or more; curves: name to records of a metrics.jsonl. Rows of unlike protocols get
-    tables of their own. Without matplotlib the plots are left out. Raises ValueError for a grid that is no PNG file, and as
-    `check_page` does.
+    results: what `results.read` gives; curves: name to records of a metrics.jsonl; notes: lines that stand above all. Rows of
+    unlike protocols get tables of their own. Without matplotlib the plots are left out. Raises ValueError for a grid that is no
+    PNG file, and as `check_page` does.
     """
     path = Path(path)
     check_page(path)
@@ -62,6 +63,7 @@ def write_report(
     )
     text = page.render(
         title=title,
+        notes=notes,
         tables=[_table(group, can_plot) for group in by_protocol.values()],
         grids=[{"title": name, "data": _embed(_read_png(file))} for name, file in grids],
         losses=_embed(plots.losses(curves)) if curves and can_plot else None,

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from fewstep import origin
 SAME = ("hash", "extractor_id", "clip_id", "reference_sha256", "prompts_sha256")
 PARTIAL = ".partial.json"  # of results that are still being measured
 MODELS = ("teacher", "student", "images")
+REACHED = ("round", "stage")  # in the environment: how far the student was trained, and in which of several stages
 
 
 def environment() -> dict[str, Any]:
@@ -124,6 +126,29 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no results file: {error}") from error
     _check(results, str(path))
     return results
+
+
+def stale(results: Mapping[str, Any], reached: Mapping[str, int]) -> str:
+    """What keeps results from being those of a student that is trained so far, or ""; older ones do not say, and nobody knows."""
+    measured = {k: results["environment"][k] for k in REACHED if k in results["environment"]}
+    if measured == reached:
+        return ""
+    if not measured:
+        return "does not say at which round it was measured"
+    return f"was measured at {_told(measured)}, not at {_told(reached)}"
+
+
+def _told(reached: Mapping[str, int]) -> str:
+    return f"round {reached['round']}" + (f" of stage {reached['stage']}" if "stage" in reached else "")
+
+
+def measured(folder: Path, reached: Mapping[str, int]) -> dict[str, Any] | None:
+    """The results in a run's folder that are of its student as it is trained now, or None; others are left out with a warning."""
+    found = [(file, read(file)) for file in places_in(folder)]
+    for file, one in found:
+        if why := stale(one, reached):
+            warnings.warn(f"{file} {why}, and is left out of the card; `fewstep eval {folder}` measures it anew", stacklevel=3)
+    return next((one for _, one in found if not stale(one, reached)), None)
 
 
 def merge(first: dict, *others: dict) -> dict[str, Any]:

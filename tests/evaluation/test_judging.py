@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from fewstep import judging
@@ -43,6 +44,13 @@ def score(target, protocol="whole.yaml", out=None, steps=(), fresh=True):
     return evaluate(target, protocol, out=out, steps=list(steps), fresh=fresh, teacher=True)
 
 
+def trained(folder, rounds):
+    """A run folder, as far as judging looks into it: a config, and a checkpoint of a round."""
+    (folder / f"checkpoints/step-{rounds:07d}").mkdir(parents=True)
+    tree = {"teacher": {"path": "zoo:sprites-sd"}, "objective": {"name": "dmd"}, "data": {"prompts": "zoo:sprites"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+
+
 @pytest.fixture
 def model(place, monkeypatch):
     """A run folder whose student draws true drawings; asked.append((steps, prompts, bar)) whenever it does."""
@@ -55,9 +63,8 @@ def model(place, monkeypatch):
 
         return Row(kind, n, drawn)
 
-    (place / "run").mkdir()
-    monkeypatch.setattr(judging, "is_run", lambda folder: folder.name == "run")
-    monkeypatch.setattr(judging, "_rows", lambda *_: ([row("teacher", 50), row("student", 4)], {}))
+    trained(place / "run", 6)
+    monkeypatch.setattr(judging, "_rows", lambda *_: ([row("teacher", 50), row("student", 4)], {}, {"round": 6}))
     return asked
 
 
@@ -155,7 +162,7 @@ def test_pictures_that_accuracy_cannot_be_read_of_cost_one_picture(place, model,
         asked.append(len(prompts))
         return np.full((len(prompts), 96, 80, 3), 99, np.uint8)
 
-    monkeypatch.setattr(judging, "_rows", lambda *_: ([Row("student", 4, large)], {}))
+    monkeypatch.setattr(judging, "_rows", lambda *_: ([Row("student", 4, large)], {}, {}))
     with pytest.raises(ValueError, match="these are 80x96; set accuracy: false in it, or: --protocol inception"):
         score("run")
     assert asked == [1]
@@ -179,11 +186,10 @@ def test_a_stopped_eval_keeps_its_rows_and_the_old_results(place, model, monkeyp
     assert [r["model"] for r in results.read(part)["rows"]] == ["teacher"]
     assert (place / "run/results.json").read_bytes() == old
     score("run", "plain.yaml")
-    assert [f.name for f in (place / "run").iterdir()] == ["results.json"]
+    assert sorted(f.name for f in (place / "run").iterdir()) == ["checkpoints", "config.yaml", "results.json"]
 
 
-def test_results_of_another_protocol_stay_and_the_report_shows_both(place, model, monkeypatch):
-    monkeypatch.setattr(judging, "traces", lambda folder: {})
+def test_results_of_another_protocol_stay_and_the_report_shows_both(place, model):
     first, second = (score("run", f"{name}.yaml")[1] for name in ("whole", "plain"))
     assert (first.name, second.name) == ("results.json", "results.plain.json")
     assert results.read(first)["protocol"]["name"] == "whole"
@@ -201,13 +207,21 @@ def test_timing_draws_no_bar_and_one_picture(place, model):
 
 def test_what_a_card_says_of_time_is_measured_here(place, model):
     known = {"model": "teacher", "steps": 50, "fd": 1.5, "latency_ms": 1e9}
-    rows, _ = judging._rows()
+    rows, _, _ = judging._rows()
     row = judging._measure(rows[0], captions(7, 40), load_protocol("plain.yaml"), known)
     assert row["fd"] == 1.5 and row["latency_ms"] < 1e8
     assert {n for _, n, _ in model} == {1}
 
 
 # Reports
+
+
+def test_results_say_their_round_and_a_report_says_where_it_is_an_older_one(place, model):
+    assert score("run", "plain.yaml")[0]["environment"]["round"] == 6
+    assert "measures it anew" not in report_runs([place / "run"], place / "report.html").read_text("utf-8")
+    trained(place / "run", 12)
+    text = report_runs([place / "run"], place / "report.html").read_text("utf-8")
+    assert "results.json was measured at round 6, not at round 12; `fewstep eval" in text
 
 
 def test_a_report_leaves_out_a_line_that_a_kill_cut_short(tmp_path):

@@ -75,6 +75,27 @@ def test_merging_refuses_another_protocol():
         results.merge(a, b | {"protocol": {"hash": "a", "extractor_id": "y"}})
 
 
+@pytest.mark.parametrize(
+    ("measured", "reached", "why"),
+    [
+        ({"round": 6}, {"round": 6}, ""),
+        ({"round": 6}, {"round": 12}, "was measured at round 6, not at round 12"),
+        ({"round": 6}, {"round": 6, "stage": 2}, "was measured at round 6, not at round 6 of stage 2"),
+        ({}, {"round": 6}, "does not say at which round it was measured"),
+    ],
+)
+def test_results_are_those_of_the_round_they_were_measured_at_alone(tmp_path, measured, reached, why):
+    found = results.new(rows(), {"hash": "a"})
+    found["environment"] |= measured
+    results.write(tmp_path / "results.json", found)
+    assert results.stale(found, reached) == why
+    if not why:
+        assert results.measured(tmp_path, reached) == found
+        return
+    with pytest.warns(UserWarning, match=f"{why}, and is left out of the card; `fewstep eval .*` measures it anew"):
+        assert results.measured(tmp_path, reached) is None
+
+
 def test_a_file_that_holds_no_results_is_refused(tmp_path):
     for text in ("[", "{}", '{"rows": [], "protocol": {}, "environment": {}}'):
         (tmp_path / "r.json").write_text(text)
