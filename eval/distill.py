@@ -34,7 +34,7 @@ def distil(
     run = api.train(settings, folder, resume=(folder / "config.yaml").exists())
     log = list(chain(folder))
     found, _ = evaluate(run.folder, protocol, out=None, steps=[], fresh=False, teacher=teacher)
-    return found, log
+    return {**found, "rows": [r for r in found["rows"] if teacher or r["model"] != "teacher"]}, log
 
 
 def chain(folder: Path) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +60,8 @@ def evaluate(
     given: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Measures a target and writes results.json: to `out`, into a run or export, or else into the working folder under the
-    target's name. Returns both. What an interrupted one measured lies beside it.
+    target's name. Returns both. What an interrupted one measured lies beside it. Rows of a run or an export that were measured
+    before, by the same protocol at the same round, stay where they are not measured again.
 
     given: keys of the protocol that its file leaves open. A teacher of the zoo brings its rows on its card, taken where protocol
     and extractor are the same and `fresh` is not asked; what depends on the machine is measured here. Raises ValueError, before
@@ -84,7 +84,9 @@ def evaluate(
         if found["rows"]:
             warnings.warn(f"stopped; the rows measured so far ({len(found['rows'])}) are in {part}", stacklevel=2)
         raise
-    os.replace(part, where)
+    found = results.with_earlier(found, where)
+    results.write(where, found)
+    part.unlink()
     return found, where
 
 

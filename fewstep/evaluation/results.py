@@ -22,6 +22,7 @@ from fewstep import origin
 SAME = ("hash", "extractor_id", "clip_id", "reference_sha256", "prompts_sha256")
 PARTIAL = ".partial.json"  # of results that are still being measured
 MODELS = ("teacher", "student", "images")
+MACHINE = ("cpu", "gpu", "cores", "threads")  # in the environment: what a latency depends on
 REACHED = ("round", "stage")  # in the environment: how far the student was trained, and in which of several stages
 
 
@@ -136,6 +137,19 @@ def stale(results: Mapping[str, Any], reached: Mapping[str, int]) -> str:
     if not measured:
         return "does not say at which round it was measured"
     return f"was measured at {_told(measured)}, not at {_told(reached)}"
+
+
+def with_earlier(new: dict, path: Path) -> dict[str, Any]:
+    """New results, and the rows of a file that they go over for what was not measured now: where both say the same round, and all
+    that the protocol stands for is the same. A latency is kept on the machine that it was measured on alone."""
+    old = _held(path)
+    ours = {k: new["environment"][k] for k in REACHED if k in new["environment"]}
+    if old is None or not ours or stale(old, ours) or any(old["protocol"].get(k) != new["protocol"].get(k) for k in SAME):
+        return new
+    here = all(old["environment"].get(k) == new["environment"].get(k) for k in MACHINE)
+    before = [{k: v for k, v in row.items() if here or k != "latency_ms"} for row in old["rows"]]
+    rows = {(row["model"], row["steps"]): row for row in (*before, *new["rows"])}
+    return {**new, "rows": sorted(rows.values(), key=lambda row: MODELS.index(row["model"]))}
 
 
 def _told(reached: Mapping[str, int]) -> str:

@@ -197,6 +197,22 @@ def test_results_of_another_protocol_stay_and_the_report_shows_both(place, model
     assert "Protocol whole" in text and "Protocol plain" in text
 
 
+def test_rows_of_the_same_round_stay_where_they_are_not_measured_again(place, model, monkeypatch):
+    def measured(*names, **reached):
+        rows = [Row(kind, n, lambda prompts, bar: draw(9, 40)[0][: len(prompts)]) for kind, n in names]
+        monkeypatch.setattr(judging, "_rows", lambda *_: (rows, {}, reached))
+        return score("run", "plain.yaml")[0]["rows"]
+
+    first = score("run", "plain.yaml")[0]["rows"]
+    measured(("student", 8), round=6)
+    again = measured(("student", 4), round=6)
+    assert [(r["model"], r["steps"]) for r in again] == [("teacher", 50), ("student", 4), ("student", 8)]
+    assert again[0] == first[0] and again[1]["fd"] != first[1]["fd"]
+    assert again == results.read(place / "run/results.json")["rows"]
+    for reached in ({"round": 7}, {}, {}):
+        assert [(r["model"], r["steps"]) for r in measured(("student", 4), **reached)] == [("student", 4)]
+
+
 def test_timing_draws_no_bar_and_one_picture(place, model):
     score("run", "plain.yaml")
     assert model.count((4, 1, "")) == 4 and [a for a in model if a[2]] == [

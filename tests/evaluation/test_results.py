@@ -96,6 +96,23 @@ def test_results_are_those_of_the_round_they_were_measured_at_alone(tmp_path, me
         assert results.measured(tmp_path, reached) is None
 
 
+def test_rows_measured_otherwise_or_a_latency_of_elsewhere_are_not_kept(tmp_path):
+    def found(given, protocol, **environment):
+        made = results.new(given, protocol)
+        made["environment"] |= {"round": 6, **environment}
+        return made
+
+    a = {"hash": "a", "reference_sha256": "x"}
+    results.write(tmp_path / "r.json", found(rows(), a))
+    now = rows()[1:2]
+    assert results.with_earlier(found(now, a), tmp_path / "r.json")["rows"] == rows()
+    elsewhere = results.with_earlier(found(now, a, cpu="another"), tmp_path / "r.json")["rows"]
+    assert [row["steps"] for row in elsewhere if "latency_ms" in row] == [1] and len(elsewhere) == 3
+    for other in ({"hash": "a", "reference_sha256": "y"}, {"hash": "b", "reference_sha256": "x"}):
+        assert results.with_earlier(found(now, other), tmp_path / "r.json")["rows"] == now
+    assert results.with_earlier(found(now, a), tmp_path / "nowhere.json")["rows"] == now
+
+
 def test_a_file_that_holds_no_results_is_refused(tmp_path):
     for text in ("[", "{}", '{"rows": [], "protocol": {}, "environment": {}}'):
         (tmp_path / "r.json").write_text(text)
