@@ -30,7 +30,7 @@ def write(teacher: Teacher, facts: dict[str, Any], name: str) -> str:
         _summary(facts),
         f"## Use it\n\n{_use(facts, name)}\n\n{_hints(facts)}",
         f"## Noise levels\n\n{_levels(teacher, facts)}",
-        _table((facts["record"].get("results") or {}).get("rows") or []),
+        _table(facts["record"].get("results") or {}),
         f"## How it was made\n\n```yaml\n{_made(facts)}```",
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
@@ -176,15 +176,18 @@ def _levels(teacher: Teacher, facts: dict[str, Any]) -> str:
     return f"{table}\n\nIn ComfyUI: sampler `{comfy}` with these sigmas (`ManualSigmas`), cfg 1."
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Measured rows as a table; numbers to four digits."""
-    if not rows:
+def _table(results: dict[str, Any]) -> str:
+    """Measured rows as a table, numbers to four digits, below what they were measured by."""
+    if not (rows := results.get("rows")):
         return ""
+    protocol = results["protocol"]
+    said = ", ".join(f"{key} `{protocol[key]}`" for key in ("name", "hash", "extractor", "reference", "n") if key in protocol)
+    told = f"Protocol: {said}. `fd` is a distance in the features of that extractor; rows compare where hashes agree."
     columns = list(dict.fromkeys(k for row in rows for k in row))
     show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)  # noqa: E731
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(show(row.get(c)) for c in columns) + " |" for row in rows]
-    return "## Measured\n\n" + "\n".join(lines)
+    return f"## Measured\n\n{told}\n\n" + "\n".join(lines)
 
 
 def _made(facts: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ def export(
 
     form: "lora", "full" (a LoRA is merged), or None for the student's own. layout: a LoRA's key names, "diffusers", "peft" (a
     PEFT folder), "comfyui" or "kohya"; None for Diffusers', or PEFT's where the class has no LoRA loader. record: how it was
-    made, JSON-able; the card names the objective of record["config"] and shows the table record["results"]["rows"] where they
+    made, JSON-able; the card names the objective of record["config"] and shows record["results"], rows and protocol, where they
     are there. guidance: the scale that a student which takes one draws at: stock code feeds it where the network's class can take
     it, else it is folded into the weights. scales: the range that it was trained at. counts: step counts to document and prove
     besides `steps`. A student that is told the end of its jump is exported with the pipeline that tells it; one of a single step

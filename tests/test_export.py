@@ -22,7 +22,10 @@ from fewstep.networks import Full, Lora, build
 LORA = Lora(rank=4, alpha=12.0)  # scale 3: a reader that gets it wrong is far off
 RECORD = {
     "config": {"objective": {"name": "dmd", "steps": 4}},
-    "results": {"rows": [{"model": "student", "steps": 4, "fd": 1.23456}]},
+    "results": {
+        "rows": [{"model": "student", "steps": 4, "fd": 1.23456}],
+        "protocol": {"name": "mine", "hash": "ab12", "extractor": "zoo:sprites-clip", "reference": "photos", "n": 40},
+    },
 }
 
 
@@ -126,6 +129,8 @@ def test_the_card_states_what_is_known_and_invents_no_licence(sd, zimage, lora):
     assert data["license"] == "openrail" and data["library_name"] == "diffusers" and "base_model" not in data
     assert {"lora", "few-step", "dmd"} <= set(data["tags"])
     assert "14.6146, 4.0" in made.text and "999, 749, 499, 249" in made.text and "| student | 4 | 1.235 |" in made.text
+    protocol = "name `mine`, hash `ab12`, extractor `zoo:sprites-clip`, reference `photos`, n `40`"
+    assert protocol in next(line for line in made.text.splitlines() if line.startswith("Protocol: "))
     facts = json.loads((lora / FACTS).read_text())
     front = card._front(replace(zimage, path="owner/model"), facts).to_dict()
     assert (front["base_model"], front["base_model_relation"]) == ("owner/model", "adapter")
