@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from fewstep.monitor import Monitor
 from fewstep.networks import Role, follow, set_weights
 from fewstep.objectives.base import Batch, Losses, Nets, Objective
 from fewstep.progress import track
+from fewstep.stopping import interruptible
 from fewstep.stream import stream
 
 
@@ -158,7 +157,7 @@ def make_accelerator(settings: Settings, *, partly: bool = False) -> Accelerator
 
 
 def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = None) -> Path:
-    """Trains until `settings.rounds` and returns the last checkpoint. Ctrl-C saves at the end of the round and stops."""
+    """Trains until `settings.rounds` and returns the last checkpoint. Ctrl-C or SIGTERM saves after the round and stops."""
     settings = job.settings
     accelerator = accelerator or make_accelerator(settings)
     device = str(accelerator.device)
@@ -174,7 +173,7 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
     _follow(job, averages)
     monitor = Monitor(job.folder, job.roles, start, active=accelerator.is_main_process)
     bar = track(range(start, settings.rounds), "train", settings.rounds, start=start)
-    with _interruptible() as stopped:
+    with interruptible() as stopped:
         for round_ in bar:
             for i, turn in enumerate(job.objective.round(round_)):
                 rng = stream(settings.seed, accelerator.process_index, round_, i, device)
@@ -276,25 +275,3 @@ def _restore(job: Job, players: Mapping[str, Player], averages: Mapping[str, Ema
         for key, value in files[name].items():
             average.shadow[key].copy_(value)
     return int(state["round"])
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a request to stop at the end of the round; a second one stops at once."""
-    asked: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread: leave signals alone
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, before)

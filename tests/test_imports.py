@@ -16,7 +16,7 @@ PARTS = {"sampling", "times", "taps", "heads", "experts", "matched", "tangents"}
 TEACHER = {"families", "folders", "shapes", "deploy", "adapters", "weightless"}
 SIDE_DOORS = TEACHER | {"storage", "networks", "data", "card", "loraformat", "lorafiles", "mixture", "phased", "told", "strength"}
 SIDE_DOORS |= {"proof", "export"}
-LOOP = {"trainer", "ema", "checkpoint", "optimizers", "advice", "costs", "monitor", "progress"}
+LOOP = {"trainer", "ema", "checkpoint", "optimizers", "advice", "costs", "monitor", "progress", "stopping"}
 COMMANDS = {"plan", "forecast", "drawing", "judging", "listing", "doctor", "push", "demo"}
 MAY_IMPORT = {
     # upwards, one layer a paragraph
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "divergences": set(),
     "stream": set(),
     "progress": set(),
+    "stopping": {"progress"},
     "hints": set(),
     "origin": set(),
     "devices": set(),

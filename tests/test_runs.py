@@ -318,7 +318,8 @@ def test_distilling_with_an_objective_of_images_takes_them(monkeypatch):
     assert (config.data.images, config.data.prompts, config.objective.steps) == ("zoo:sprites", None, 2)
 
 
-def test_ctrl_c_in_a_terminal_says_how_to_go_on(setup, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_command_says_how_to_go_on(setup, tmp_path, number):
     run, config = tmp_path / "run", tmp_path / "config.yaml"
     config.write_text(setup(rounds=10**6, save_every=10**6).dump())
     command = [sys.executable, "-m", "fewstep", "train", str(config), "--set", "train.lr=0.002", "--out", str(run)]
@@ -326,11 +327,11 @@ def test_ctrl_c_in_a_terminal_says_how_to_go_on(setup, tmp_path):
     ran = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while ran.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
-    ran.send_signal(signal.SIGINT)
+    ran.send_signal(number)
     said, wrong = ran.communicate()
     assert ran.returncode == 130, wrong
     assert said.strip() == f"stopped; to go on: fewstep train {run / 'config.yaml'} --out {run} --resume"
-    assert "Traceback" not in wrong
+    assert "stopping after this round; again to stop at once\n" in wrong and "Traceback" not in wrong
     done = metrics(run)[-1]["round"]
     assert checkpoint.latest(run / "checkpoints").name == f"step-{done:07d}"
     own = load(run / "config.yaml")

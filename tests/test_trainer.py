@@ -11,7 +11,7 @@ from faulty import INFINITE, NAN, SETTINGS, STEEP, Toy, job, metrics, same, watc
 from torch import nn
 from toys import ring
 
-from fewstep import checkpoint
+from fewstep import checkpoint, stopping
 from fewstep.data import Source
 from fewstep.denoiser import Cond
 from fewstep.monitor import Log, Meter
@@ -246,21 +246,48 @@ def test_a_log_forgets_what_comes_after_the_checkpoint(tmp_path):
     assert not (tmp_path / "silent").exists()
 
 
-# Ctrl-C.
+# Ctrl-C, and SIGTERM, which is the same from elsewhere.
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 
 
-def test_ctrl_c_saves_at_the_end_of_the_round(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture(autouse=True)
+def alive():
+    """A signal that nobody handles fails its test, and ends no others."""
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not handled"))
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@SIGNALS
+def test_a_signal_saves_at_the_end_of_the_round_and_says_so_at_once(tmp_path, capsys, number):
+    handlers, said = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], []
 
     def press(round_, player):
         if (round_, player) == (2, "critic"):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
+            said.append(capsys.readouterr().err)
 
     with pytest.raises(KeyboardInterrupt):
         fit(job(tmp_path, at=press, save_every=100, log_every=100, preview_every=100))
+    assert said[0].endswith("stopping after this round; again to stop at once\n")
     assert checkpoint.latest(tmp_path / "checkpoints").name == "step-0000003"
     assert metrics(tmp_path)[-1]["round"] == 3
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_where_nothing_can_be_said_saves_all_the_same(tmp_path, monkeypatch):
+    def broken(text):
+        raise BrokenPipeError
+
+    def press(round_, player):
+        if (round_, player) == (2, "critic"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(stopping, "say", broken)
+    with pytest.raises(KeyboardInterrupt):
+        fit(job(tmp_path, at=press, save_every=100))
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-0000003"
 
 
 def test_ctrl_c_while_a_picture_is_drawn_saves_too(tmp_path):
@@ -273,11 +300,12 @@ def test_ctrl_c_while_a_picture_is_drawn_saves_too(tmp_path):
     assert checkpoint.latest(tmp_path / "checkpoints").name == "step-0000003"
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+@SIGNALS
+def test_a_second_signal_stops_at_once(tmp_path, number):
     def press(round_, player):
         if (round_, player) == (2, "critic"):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
         fit(job(tmp_path, at=press, save_every=100))
