@@ -117,26 +117,33 @@ def find(folder: Path) -> tuple[Config, Stage]:
 
 def traces(folder: Path) -> dict[str, Path]:
     """Where metrics and grids of a run lie, by the name to show: one folder a stage, in order; any other folder is its own."""
-    found = _found(folder)
+    found, name = _found(folder), _named(folder).name
     if found is None or not found[0].stages:
-        return {folder.name: folder}
-    return {f"{folder.name}/{stage.folder.name}": stage.folder for stage in stages_of(found[0], folder)}
+        return {name: folder}
+    return {f"{name}/{stage.folder.name}": stage.folder for stage in stages_of(found[0], folder)}
 
 
 def _found(folder: Path) -> tuple[Config, Stage] | None:
     if (folder / "config.yaml").exists():
         config = load(folder / "config.yaml")
         return config, stages_of(config, folder)[-1]
-    if folder.name.startswith("stage-") and (folder.parent / "config.yaml").exists():
-        parts = stages_of(load(folder.parent / "config.yaml"), folder.parent)
-        return next(((part.config, part) for part in parts if part.folder == folder), None)
+    stage = _named(folder)
+    if stage.name.startswith("stage-") and (stage.parent / "config.yaml").exists():
+        parts = stages_of(load(stage.parent / "config.yaml"), stage.parent)
+        return next(((part.config, part) for part in parts if part.folder == stage), None)
     return None
+
+
+def _named(folder: Path) -> Path:
+    """The folder by its absolute path: "." and ".." say neither what they are called nor what they lie in."""
+    return Path(os.path.abspath(folder))
 
 
 def store(config: Config, folder: Path) -> None:
     """Writes a run's config.yaml, which holds wherever it is read. A kill leaves a folder that is empty, or a run."""
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}.config.yaml")  # beside it
+    own = _named(folder)
+    scratch = own.with_name(f".{own.name}.config.yaml")  # beside it
     scratch.write_text(absolute(config).dump())
     os.replace(scratch, folder / "config.yaml")
 

@@ -44,7 +44,7 @@ def test_pictures_of_an_earlier_call_are_gone_and_nothing_else_is(command, train
     assert contents(tmp_path / "drawn") == before
 
 
-def test_a_run_from_another_folder_and_how_to_go_on_from_there(command, trained, tmp_path, monkeypatch):
+def test_a_run_from_another_folder_or_its_own_and_how_to_go_on_from_there(command, trained, tmp_path, monkeypatch):
     """Its paths were relative; its own folder has a space in its name, and is where its own config goes on."""
     tree = yaml.safe_load(trained[0].read_text())
     (tmp_path / "my data").mkdir()
@@ -63,6 +63,9 @@ def test_a_run_from_another_folder_and_how_to_go_on_from_there(command, trained,
     done = command("train", "../my run/config.yaml", "--resume")
     assert done.code == 0 and "trained already (a higher train.rounds goes on): " in done.out
     assert command("sample", "../my run", "--prompt", "a star").code == 0
+    monkeypatch.chdir(tmp_path / "my run")
+    done = command("train", "config.yaml", "--resume", "--set", "train.rounds=3")
+    assert done.code == 0 and "trained: checkpoints/step-0000003" in done.out, done.err
 
 
 def test_alone_it_is_help_and_it_knows_its_version(command):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,21 @@ def test_a_stored_config_holds_wherever_it_is_read(here, monkeypatch):
     assert [stage.teacher.net for stage in found.stages] == ["original", "previous"]
     pattern = config(data={"images": "shards/*.tar"}, objective={"name": "consistency"})
     assert stages.absolute(pattern).data.images == str(here / "shards/*.tar")
+
+
+def test_a_run_is_one_from_inside_its_own_folder_too(here, monkeypatch):
+    run = here / "run"
+    run.mkdir()
+    monkeypatch.chdir(run)
+    made, dot = config(str(here / "teachers/sd"), str(here / "words.txt"), stages=[{}, {}]), Path(".")
+    with claim(dot):
+        stages.store(made, dot)
+    assert {f.name for f in here.iterdir()} == {"run", "teachers", "words.txt"} and stages.find(dot)[0] == made
+    assert list(stages.traces(dot)) == ["run/stage-1", "run/stage-2"]
+    (run / "stage-1/grids").mkdir(parents=True)
+    for inside, same in (("stage-1", dot), ("stage-1/grids", Path(".."))):
+        monkeypatch.chdir(run / inside)
+        assert stages.find(same)[1].folder == run / "stage-1" and list(stages.traces(same)) == ["stage-1"]
 
 
 @pytest.mark.parametrize("path", ["zoo:sprites-sd", "owner/model"])
