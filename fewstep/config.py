@@ -47,6 +47,13 @@ class TeacherConfig(_Strict):
     net: str = "original"
     storage: Literal["whole", "fp8", "int8", "nf4", "host"] = "whole"
 
+    @field_validator("guidance")
+    @classmethod
+    def _guidance(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
+            raise ValueError(f"the scale must be above 0, not {value:g}: 1 is no guidance, and 0 would teach no prompt at all")
+        return value
+
     @field_validator("net")
     @classmethod
     def _net(cls, value: str) -> str:
