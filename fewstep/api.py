@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from fewstep.adapters import load_teacher
 from fewstep.config import Config, parse
 from fewstep.data import default_cache, open_source
 from fewstep.devices import default_device
-from fewstep.exported import wanted_steps
+from fewstep.exported import wanted_prompts, wanted_steps
 from fewstep.networks import set_weights
 from fewstep.plain import stepped
 from fewstep.stages import Stage, claimed, find, stages_of, store
@@ -103,14 +103,15 @@ class Run:
         set_weights(study.roles["student"], self.weights)
         return study
 
-    def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
+    def sample(self, prompts: str | Iterable[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3), in the steps it was trained for if none are given."""
-        count = wanted_steps(steps, self.config.objective.steps)
-        return self.study.draw_student(self.study.teacher.encode(prompts), count, seed, bar)
+        words, count = wanted_prompts(prompts), wanted_steps(steps, self.config.objective.steps)
+        return self.study.draw_student(self.study.teacher.encode(words), count, seed, bar)
 
-    def sample_teacher(self, prompts: Sequence[str], steps: int = 50, seed: int = 0, bar: str = "") -> np.ndarray:
+    def sample_teacher(self, prompts: str | Iterable[str], steps: int = 50, seed: int = 0, bar: str = "") -> np.ndarray:
         """The guided teacher's pictures from the same noise."""
-        return self.study.draw_teacher(self.study.teacher.encode(prompts), wanted_steps(steps, 50), seed, bar)
+        words, count = wanted_prompts(prompts), wanted_steps(steps, 50)
+        return self.study.draw_teacher(self.study.teacher.encode(words), count, seed, bar)
 
     def export(self, to: Place, *, form: str | None = None, layout: str | None = None) -> Path:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""

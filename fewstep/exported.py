@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,14 @@ def wanted_steps(steps: int | None, trained: int) -> int:
     return count
 
 
+def wanted_prompts(prompts: str | Iterable[str]) -> list[str]:
+    """The prompts to draw; a string is one. Raises ValueError where there is none."""
+    found = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not found:
+        raise ValueError("there is no prompt to draw; give at least one")
+    return found
+
+
 class Exported:
     """The pipeline of an export, in float32, on a GPU where there is one. Raises ValueError where the folder, or a LoRA's
     teacher, is not whole."""
@@ -51,15 +59,15 @@ class Exported:
         """The step counts that were proved."""
         return tuple(sorted(map(int, self.facts["times"])))
 
-    def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
+    def sample(self, prompts: str | Iterable[str], steps: int | None = None, seed: int = 0, bar: str = "") -> np.ndarray:
         """The student's pictures uint8 (n, h, w, 3), of a video its middle frame, from the noise that its run would draw them
         from. Raises ValueError for a step count in which it does not draw."""
-        steps = wanted_steps(steps, self.facts["steps"])
+        steps, words = wanted_steps(steps, self.facts["steps"]), wanted_prompts(prompts)
         if self.counts == (1,) and steps > 1:
             raise ValueError(f"{self.folder} draws in one step alone, not in {steps}; leave --steps away")
         family, parts = family_of(self.facts["base_pipeline"]), []
-        for start in track(range(0, len(prompts), BATCH), bar, len(prompts), each=BATCH, active=bool(bar)):
-            part = list(prompts[start : start + BATCH])
+        for start in track(range(0, len(words), BATCH), bar, len(words), each=BATCH, active=bool(bar)):
+            part = words[start : start + BATCH]
             noise = rows(seed, start, start + len(part)).generators
             call = {**self.facts["call"], **family.ask(self.pipe, part), "num_inference_steps": steps}
             call |= family.spacing(self.facts["sampler"], steps)

@@ -25,6 +25,7 @@ import fewstep
 from fewstep import api, checkpoint, judging, proof
 from fewstep.config import load, parse
 from fewstep.evaluation import results
+from fewstep.exported import Exported
 from fewstep.networks import Role
 from fewstep.preview import Preview
 from fewstep.trainer import Player, make_accelerator
@@ -276,6 +277,15 @@ def test_no_steps_are_not_the_trained_ones(setup, tmp_path, steps):
     for sample in (run.sample, run.sample_teacher):
         with pytest.raises(ValueError, match=f"nothing can be drawn in {steps} steps; give at least 1"):
             sample(["a star"], steps=steps)
+
+
+def test_a_string_is_one_prompt_and_any_iterable_is_several(setup, tmp_path):
+    run = api.train(setup(rounds=1), tmp_path / "run")
+    for sample in (run.sample, run.sample_teacher, Exported(run.export(tmp_path / "out")).sample):
+        assert np.array_equal(sample("a star", 1), sample(["a star"], 1))
+        assert np.array_equal(sample((word for word in ("a star", "a cross")), 1), sample(["a star", "a cross"], 1))
+        with pytest.raises(ValueError, match="there is no prompt to draw; give at least one"):
+            sample([], 1)
 
 
 def test_the_python_api_goes_from_a_teacher_to_a_proof(setup, teacher, data, tmp_path, monkeypatch):
