@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from fewstep import proof
+from fewstep.hub import REFUSALS
 
 FACTS = "fewstep.json"
-# What the hub's client raises: its HTTP library's errors (no net) and the system's (no token, told to be offline).
-REFUSALS: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fewstep import hub
 from fewstep.adapters import Teacher, teacher_of
 from fewstep.families import family_of
 from fewstep.folders import pipeline_name, teacher_folder
@@ -55,12 +56,11 @@ def _replace(net: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
 def weightless_teacher(
     path: str, mode: FakeTensorMode, *, size: tuple[int, ...] | None = None, guidance: float | None = None
 ) -> Teacher:
-    """The teacher in a folder with its tokenizers and its scheduler, and networks without weights; see `load_teacher`.
+    """The teacher at a path with its tokenizers and its scheduler, and networks without weights; see `load_teacher`. Of a hub id
+    that the cache does not know its configs are fetched, and no weights.
 
-    Raises ValueError for a hub id, and for a folder that does not say what its parts are."""
-    folder = teacher_folder(path)
-    if folder is None:
-        raise ValueError(f"{path} is a hub id; plan reads folders only, so that it needs no network: save the pipeline first")
+    Raises ValueError where these cannot be had, or do not say what its parts are."""
+    folder = teacher_folder(path) or hub.configs(path)
     name = pipeline_name(folder)
     family_of(name)
     kind = getattr(diffusers, name)
@@ -74,7 +74,7 @@ def weightless_teacher(
 
 def _part(folder: Path, name: str, library: str | None, kind: str | None, mode: FakeTensorMode) -> Any:
     """One component of a pipeline. Raises ValueError where its files are missing or damaged."""
-    if kind is None or name == "feature_extractor":
+    if kind is None:
         return None
     homes = (diffusers, transformers, getattr(diffusers.pipelines, library or "", None))
     found = next((getattr(home, kind) for home in homes if hasattr(home, kind)), None)

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "hints": set(),
     "origin": set(),
     "devices": set(),
+    "hub": set(),
     #
     "denoiser": MATH,
     #
@@ -57,7 +58,7 @@ MAY_IMPORT = {
     "shapes": {"families", "folders"},
     "deploy": DENOISER | PARTS | {"families"},
     "adapters": DENOISER | PARTS | {"families", "folders", "shapes", "deploy", "zoo", "embedders"},
-    "weightless": {"families", "folders", "adapters"},
+    "weightless": {"hub", "families", "folders", "adapters"},
     "storage": set(),
     "swap": set(),
     "slim": DENOISER | {"experts", "hints"},
@@ -133,7 +134,7 @@ MAY_IMPORT = {
     "judging": {"api", "adapters", "devices", "exported", "data", "denoiser", "evaluation", "painting", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),
-    "push": {"proof"},
+    "push": {"proof", "hub"},
     "demo": {"api", "config", "evaluation", "export", "judging", "verify"},
     "cli": COMMANDS | {"api", "config", "verify"},
     "__main__": {"cli"},

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects, httpx
 from tiny import MAKERS, save, tiny_ddpm_pipeline, tiny_sd_pipeline, tiny_zimage_pipeline
+from transformers import CLIPConfig, CLIPImageProcessor
 
+from fewstep import hub
 from fewstep.config import load, parse
 from fewstep.folders import teacher_folder
 from fewstep.plan import plan
@@ -82,12 +89,86 @@ def test_a_plan_refuses_what_could_not_be_trained(folders, tmp_path):
 
     refused("choose another step count", folders["sd"], steps=101)
     refused("there is no teacher at", tmp_path / "nowhere")
-    refused("is a hub id; plan reads folders only", "owner/model")
     broken = shutil.copytree(folders["ddpm"], tmp_path / "broken")
     (broken / "unet/config.json").unlink()
     refused("unet/config.json is missing or damaged", broken)
     with pytest.raises(ValueError, match="no stock scheduler of this family computes the sampler 'tcd'"):
         plan(parse(tree(teacher={"path": str(folders["sd"])}, objective={"name": "dmd", "sampler": "tcd"})))
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """cache(folder): puts its configs, as the hub's client does, under owner/model into a cache of this test's own."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(folder, *, ignore="*.safetensors"):
+        place, commit = tmp_path / "hub/models--owner--model", "0" * 40
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs/main").write_text(commit)
+        return shutil.copytree(folder, place / "snapshots" / commit, ignore=shutil.ignore_patterns(ignore), dirs_exist_ok=True)
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """A pipeline with all the parts that Stable Diffusion 1.5 has on the hub."""
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    clip = CLIPConfig(text_config=small, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    more = {"safety_checker": StableDiffusionSafetyChecker(clip), "feature_extractor": CLIPImageProcessor()}
+    pipe = StableDiffusionPipeline(**{**tiny_sd_pipeline().components, **more})
+    return save(pipe, tmp_path_factory.mktemp("checked") / "pipe")
+
+
+def named(path):
+    return parse(tree(teacher={"path": str(path)}, student={"weights": "lora", "rank": 2}, critic={"weights": "full"}))
+
+
+@pytest.mark.parametrize("name", ["checked", "folders"])
+def test_a_hub_id_in_the_cache_plans_as_its_folder_does(cache, request, name):
+    folder = request.getfixturevalue(name)
+    folder = folder["zimage"] if name == "folders" else folder
+    there = cache(folder)
+    assert not list(there.rglob("*.safetensors"))
+    by_id, by_folder = (plan(named(path)) for path in ("owner/model", folder))
+    told = by_id.pop("teacher"), by_folder.pop("teacher")
+    assert told[0] == told[1].replace(str(folder), "owner/model")
+    assert by_id.pop("settings")["teacher"]["path"] == "owner/model" and by_folder.pop("settings")
+    assert by_id == by_folder
+
+
+def test_of_a_hub_id_that_the_cache_has_in_part_no_weights_are_fetched(cache, folders, monkeypatch):
+    """Somebody has fetched its index alone."""
+    cache(folders["sd"], ignore="[!m]*")
+    asked = []
+
+    def fetch(hub_id, *, allow_patterns, local_files_only):
+        asked.append((hub_id, local_files_only, allow_patterns))
+        there = snapshot_download(hub_id, allow_patterns=allow_patterns, local_files_only=True)
+        return there if local_files_only else cache(folders["sd"])
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    assert plan(named("owner/model"))["teacher"].startswith("owner/model")
+    assert [x[:2] for x in asked] == [("owner/model", True), ("owner/model", False)]
+    every = [str(file.relative_to(folders["sd"])) for file in folders["sd"].rglob("*") if file.is_file()]
+    weights = [file for file in every if file.endswith(".safetensors")]
+    assert weights and list(filter_repo_objects(every, allow_patterns=asked[1][2])) == [f for f in every if f not in weights]
+
+
+@pytest.mark.parametrize(
+    "error", [httpx.ConnectError("No route.\nMore."), OfflineModeIsEnabled("Offline."), OSError("Full."), None]
+)
+def test_a_hub_that_does_not_give_the_configs_is_a_sentence(cache, tmp_path, monkeypatch, error):
+    def fetch(hub_id, *, allow_patterns, local_files_only):
+        if error is not None:
+            raise error
+        return str(tmp_path)  # of something that is no pipeline
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    with pytest.raises(ValueError, match="configs of owner/model are not in .* or give a folder$") as refused:
+        plan(named("owner/model"))
+    assert (str(error).split(".")[0] if error else "not a whole Diffusers pipeline") in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.fixture(scope="module")

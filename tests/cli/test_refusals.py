@@ -43,7 +43,8 @@ def test_a_teacher_that_is_not_there(refused, config, tmp_path):
             "there is no teacher at .*nowhere; give zoo:NAME, a Diffusers", verb, config(teacher={"path": f"{tmp_path}/nowhere"})
         )
     refused("the teacher models/nowhere cannot be loaded .*give a folder", "train", config(teacher={"path": "models/nowhere"}))
-    refused("is a hub id; plan reads folders only", "plan", config(teacher={"path": "models/nowhere"}))
+    said = "the configs of models/nowhere are not in the Hugging Face cache .*; check the id and the network"
+    refused(said, "plan", config(teacher={"path": "models/nowhere"}))
     refused("the zoo has no 'sprites-xl'; it has", "train", config(teacher={"path": "zoo:sprites-xl"}))
 
 
