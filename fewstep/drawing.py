@@ -28,6 +28,9 @@ def draw(
     prompts = given + (read_prompts(source)[:count] if source else [])
     if not prompts:
         raise ValueError("nothing to draw; give --prompt TEXT or --prompts FILE")
+    nearest = next(place for place in (out, *out.parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file; name a folder with --out")
     if out.exists() and any(out.iterdir()) and not (out / "grid.png").exists():
         raise ValueError(f"{out} holds other files; name an empty folder with --out")
     stale = earlier(out)

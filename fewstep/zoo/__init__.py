@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent / "models"
-NAMES = ("sprites-sd", "sprites-flow", "sprites-clip")
+TEACHERS, JUDGE = ("sprites-sd", "sprites-flow"), "sprites-clip"
+NAMES = (*TEACHERS, JUDGE)
 
 
 def folder(name: str) -> Path:
     """Where zoo:NAME lies. Raises ValueError for a name that is not in the zoo."""
     if name not in NAMES:
-        raise ValueError(f"the zoo has no {name!r}; it has {', '.join('zoo:' + n for n in NAMES)}")
+        teachers = " and ".join(f"zoo:{n}" for n in TEACHERS)
+        raise ValueError(f"the zoo has no {name!r}; its teachers are {teachers}, what pictures are judged by is zoo:{JUDGE}")
     if not (HERE / name).exists():
         raise ValueError(f"zoo:{name} is not in this installation; `python -m fewstep.zoo.build` makes it")
     return HERE / name

@@ -45,7 +45,11 @@ def test_a_teacher_that_is_not_there(refused, config, tmp_path):
     refused("the teacher models/nowhere cannot be loaded .*give a folder", "train", config(teacher={"path": "models/nowhere"}))
     said = "the configs of models/nowhere are not in the Hugging Face cache .*; check the id and the network"
     refused(said, "plan", config(teacher={"path": "models/nowhere"}))
-    refused("the zoo has no 'sprites-xl'; it has", "train", config(teacher={"path": "zoo:sprites-xl"}))
+    refused(
+        "the zoo has no 'sprites-xl'; its teachers are zoo:sprites-sd and zoo:sprites-flow, what pictures are judged by",
+        "train",
+        config(teacher={"path": "zoo:sprites-xl"}),
+    )
 
 
 def test_a_teacher_of_another_size_than_it_draws_at(refused, config, teacher):
@@ -210,6 +214,9 @@ def test_a_run_without_a_checkpoint(refused, trained, tmp_path):
 def test_pictures_of_nothing_or_over_something(refused, trained, tmp_path):
     refused("nothing to draw; give --prompt TEXT or --prompts FILE", "sample", trained[1])
     refused("zoo:sprites-sd is a teacher.*sample RUN --compare-teacher", "sample", "zoo:sprites-sd", "--prompt", "x")
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/samples"):
+        refused("file is a file; name a folder with --out", "sample", trained[1], "--prompt", "x", "--out", tmp_path / out)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.tex").write_text("years of work")
     refused(

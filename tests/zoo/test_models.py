@@ -10,11 +10,9 @@ from fewstep.adapters import load_teacher
 from fewstep.denoiser import Guided
 from fewstep.evaluation.clip_score import ClipScore
 from fewstep.painting import generate
-from fewstep.zoo import HERE, NAMES, folder, guidance
+from fewstep.zoo import HERE, TEACHERS, folder, guidance
 from fewstep.zoo.reading import accuracy
 from fewstep.zoo.sprites import captions, draw
-
-TEACHERS = tuple(n for n in NAMES if n != "sprites-clip")
 
 
 def test_the_zoo_ships_half_precision_safetensors_of_at_most_30_mb():
