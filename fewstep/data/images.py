@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.data import shards, tables
 from fewstep.data.cache import cached
-from fewstep.data.pictures import DAMAGE, SUFFIXES, Picture, decode, fit, nearest
+from fewstep.data.pictures import DAMAGE, SUFFIXES, Picture, decode, fit, listed, nearest
 from fewstep.data.prompts import prompt_of, read_jsonl, read_text
 
 METADATA = "metadata.jsonl"
@@ -149,7 +149,7 @@ def _found(source: str) -> tuple[Sequence[tuple[Picture, str]], str]:
     """The images at a path with their captions ("" where there is none), and how to caption the rest."""
     path = Path(source).expanduser()
     if path.is_dir():
-        files = _listed(path)
+        files = listed(path, (*SUFFIXES, ".tar", ".parquet"))
     elif path.suffix.lower() in (".tar", ".parquet"):
         files = [path] if path.is_file() else sorted(Path(file) for file in glob(str(path), recursive=True))
     else:
@@ -172,12 +172,6 @@ def _found(source: str) -> tuple[Sequence[tuple[Picture, str]], str]:
     if parquet:
         return tables.read_tables(parquet), tables.REMEDY
     return _captioned(path, loose), f"write a .txt of the same name beside it, or list it in {METADATA}"
-
-
-def _listed(folder: Path) -> list[Path]:
-    """Files at any depth, in the order of their names; hidden ones (thumbnails, resource forks) are not meant."""
-    found = (f for f in folder.rglob("*") if f.suffix.lower() in (*SUFFIXES, ".tar", ".parquet") and f.is_file())
-    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
 def _captioned(folder: Path, files: list[Path]) -> list[tuple[Path, str]]:

@@ -6,12 +6,14 @@ import io
 import math
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+OTHER = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2")  # pictures that are not read
 # What Pillow raises for bytes that are no image, or half of one; the last four for metadata that make no sense.
 DAMAGE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 DAMAGE += (TypeError, AttributeError, LookupError, ArithmeticError)
@@ -21,6 +23,12 @@ class Picture(Protocol):
     """Bytes with a name for messages, str(picture): a Path, a member of a shard, a cell of a table."""
 
     def read_bytes(self) -> bytes: ...
+
+
+def listed(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Files of some suffixes at any depth, in the order of their names; hidden ones (thumbnails, forks) are not meant."""
+    found = (f for f in folder.rglob("*") if f.suffix.lower() in suffixes and f.is_file())
+    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
 def decode(raw: bytes) -> Image.Image:

@@ -11,18 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 MANIFEST = "manifest.jsonl"
 _LOSSY = {".jpg", ".jpeg", ".webp"}
-_SUFFIXES = {".png"} | _LOSSY
-_OTHER = {".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2"}
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What a folder holds: images (N, H, W, 3) uint8 in file order; prompts and seeds (N,), or None without a manifest."""
+    """What a folder holds: images (N, H, W, 3) uint8 in the order of files, paths in it; prompts and seeds (N,), or None without
+    a manifest."""
 
     images: np.ndarray
     files: list[str]
@@ -62,7 +61,7 @@ def digests(images: np.ndarray) -> np.ndarray:
 
 
 def read_image(file: Path, size: int | None = None) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 of one file; grey is repeated to three channels, an opaque alpha dropped, EXIF rotation ignored.
+    """Pixels (H, W, 3) uint8 of one file; grey is repeated to three channels, an opaque alpha dropped, EXIF rotation applied.
 
     With a size, read and cut to that square as training does. Raises ValueError for what is no image, and, without a size, for
     transparency and for more than eight bits a channel.
@@ -73,7 +72,7 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
         if size is not None:
             return fit(decode(file.read_bytes()), (size, size))
         with Image.open(file) as opened:
-            picture: Image.Image = opened.copy()
+            picture = ImageOps.exif_transpose(opened)
     except DAMAGE as error:
         raise ValueError(f"{file} cannot be read as an image ({error}); save it again as PNG, or remove it") from error
     if picture.mode == "P":
@@ -88,12 +87,13 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The image files of a folder, sorted by name; warns about lossy and unread ones, raises ValueError if there are none."""
+    """The image files of a folder at any depth, sorted by name; warns about lossy and unread ones, raises ValueError if there are
+    none."""
+    from fewstep.data.pictures import OTHER, SUFFIXES, listed
+
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}; give a folder of PNG files")
-    every = sorted(Path(folder).iterdir())
-    files = [f for f in every if f.suffix.lower() in _SUFFIXES]
-    other = [f.name for f in every if f.suffix.lower() in _OTHER]
+    files, other = listed(Path(folder), SUFFIXES), [f.name for f in listed(Path(folder), OTHER)]
     unread = f"{len(other)} files of {folder} are no PNG, JPEG or WebP ({other[0]})" if other else ""
     if not files:
         raise ValueError(f"{unread}; save them as PNG" if unread else f"{folder} holds no images; expected PNG files")
@@ -131,9 +131,9 @@ def _batches(files: Sequence[Path], size: int | None = None) -> Iterator[np.ndar
 
 
 def load_folder(folder: str | Path) -> ImageFolder:
-    """A folder of images with its manifest, paired by file name. Raises ValueError if the manifest misses a file."""
+    """A folder of images with its manifest, paired by path in it. Raises ValueError if the manifest misses a file."""
     paths = list_images(folder)
-    files = [f.name for f in paths]
+    files = [f.relative_to(folder).as_posix() for f in paths]
     manifest = Path(folder) / MANIFEST
     prompts = seeds = None
     if manifest.exists():

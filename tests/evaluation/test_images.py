@@ -130,6 +130,25 @@ def test_files_that_are_not_read_are_counted_once(tmp_path, images):
     assert len(said) == 1 and "3 files" in str(said[0].message) and "left out" in str(said[0].message)
 
 
+def test_pictures_lie_at_any_depth_and_hidden_ones_are_not_meant(tmp_path, images):
+    for i, name in enumerate(("b/000000.png", "a.png", "b/c/000000.png", ".thumbnails/a.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(images[i]).save(tmp_path / name)
+    lines = [json.dumps({"file": f, "prompt": f"of {f}", "seed": 0}) for f in ("b/c/000000.png", "b/000000.png", "a.png")]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    found = load_folder(tmp_path)
+    assert found.files == ["a.png", "b/000000.png", "b/c/000000.png"] and found.prompts == [f"of {f}" for f in found.files]
+    np.testing.assert_array_equal(found.images, images[[1, 0, 2]])
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_a_camera_held_upright_is_judged_by_its_upright_picture(tmp_path, images, size):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    Image.fromarray(images[0]).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(next(stream(tmp_path, size))[0], np.rot90(images[0], -1))
+
+
 def test_a_size_cuts_about_the_centre(tmp_path):
     wide = np.zeros((16, 32, 3), np.uint8)
     wide[:, 8:24] = 200
