@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.data import shards, tables
 from fewstep.data.cache import cached
-from fewstep.data.pictures import DAMAGE, SUFFIXES, Picture, decode, fit, listed, nearest
+from fewstep.data.pictures import DAMAGE, SUFFIXES, Picture, decode, fit, listed, nearest, unread
 from fewstep.data.prompts import prompt_of, read_jsonl, read_text
 
 METADATA = "metadata.jsonl"
@@ -175,7 +175,12 @@ def _found(source: str) -> tuple[Sequence[tuple[Picture, str]], str]:
 
 
 def _captioned(folder: Path, files: list[Path]) -> list[tuple[Path, str]]:
-    """Each image with its caption, from metadata.jsonl, else from the .txt beside it."""
+    """Each image with its caption, from metadata.jsonl, else from the .txt beside it. Warns of images that are not read and of
+    lines without one; raises ValueError where there are images, and none that is read."""
+    if others := unread(folder):
+        if not files:
+            raise ValueError(f"{others}; save them as PNG")
+        warnings.warn(f"{others} and are left out; save them as PNG to have them read", stacklevel=4)
     written = {}
     if (folder / METADATA).exists():
         for number, record in read_jsonl(folder / METADATA):
@@ -183,6 +188,11 @@ def _captioned(folder: Path, files: list[Path]) -> list[tuple[Path, str]]:
             if not isinstance(record.get("file_name"), str):
                 raise ValueError(f'{where} names no file; write {{"file_name": "a.png", "text": "..."}}')
             written[Path(record["file_name"]).as_posix()] = prompt_of(record, where)
+    here = {file.relative_to(folder).as_posix() for file in files}
+    absent = [name for name in written if name not in here and not (folder / name).is_file()]
+    if absent:
+        said = f"{len(absent)} of the {len(written)} files that {folder / METADATA} names are not there (first: {absent[0]})"
+        warnings.warn(f"{said} and are left out; mend those lines or remove them", stacklevel=4)
 
     def caption(file: Path) -> str:
         text = written.get(file.relative_to(folder).as_posix())

@@ -31,6 +31,12 @@ def listed(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
+def unread(folder: Path) -> str:
+    """What is said of pictures in a folder that are of formats which are not read, or ""."""
+    other = listed(folder, OTHER)
+    return f"{len(other)} files of {folder} are no PNG, JPEG or WebP ({other[0].name})" if other else ""
+
+
 def decode(raw: bytes) -> Image.Image:
     """The picture in a file's bytes as RGB: upright, on white where it is transparent, 16 bits rounded to 8."""
     with Image.open(io.BytesIO(raw)) as picture:

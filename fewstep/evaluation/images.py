@@ -89,16 +89,15 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
 def list_images(folder: str | Path) -> list[Path]:
     """The image files of a folder at any depth, sorted by name; warns about lossy and unread ones, raises ValueError if there are
     none."""
-    from fewstep.data.pictures import OTHER, SUFFIXES, listed
+    from fewstep.data.pictures import SUFFIXES, listed, unread
 
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}; give a folder of PNG files")
-    files, other = listed(Path(folder), SUFFIXES), [f.name for f in listed(Path(folder), OTHER)]
-    unread = f"{len(other)} files of {folder} are no PNG, JPEG or WebP ({other[0]})" if other else ""
+    files, others = listed(Path(folder), SUFFIXES), unread(Path(folder))
     if not files:
-        raise ValueError(f"{unread}; save them as PNG" if unread else f"{folder} holds no images; expected PNG files")
-    if unread:
-        warnings.warn(f"{unread} and are left out; save them as PNG to have them judged", stacklevel=2)
+        raise ValueError(f"{others}; save them as PNG" if others else f"{folder} holds no images; expected PNG files")
+    if others:
+        warnings.warn(f"{others} and are left out; save them as PNG to have them judged", stacklevel=2)
     lossy = [f.name for f in files if f.suffix.lower() in _LOSSY]
     if lossy:
         warnings.warn(

@@ -59,6 +59,21 @@ def test_hidden_files_and_other_files_are_not_images(tmp_path):
     assert len(read_images(str(tmp_path), SIZE)) == 1
 
 
+def test_images_that_are_not_read_and_lines_without_one_are_counted(tmp_path):
+    for name in ("b.gif", "deep/c.bmp", "d.tiff"):
+        put(tmp_path, name, caption=None)
+    with pytest.raises(ValueError, match="3 files of .* are no PNG, JPEG or WebP .b.gif.; save them as PNG"):
+        read_images(str(tmp_path), SIZE)
+    put(tmp_path, "a.png", caption=None)
+    lines = [f'{{"file_name": "{name}", "text": "a thing"}}\n' for name in ("a.png", "b.gif", "e.png", "f.png")]
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    with pytest.warns(UserWarning) as said:
+        assert read_images(str(tmp_path), SIZE).captions == ("a thing",)
+    first, second = (str(one.message) for one in said)
+    assert "3 files of" in first and "are left out; save them as PNG to have them read" in first
+    assert "2 of the 4 files that" in second and "are not there (first: e.png) and are left out" in second
+
+
 def test_a_picture_of_the_right_size_keeps_its_pixels(tmp_path):
     put(tmp_path, "a.png", Image.fromarray(noise(8, 12)))
     np.testing.assert_array_equal(only(tmp_path, (8, 12)), noise(8, 12))
