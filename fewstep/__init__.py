@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fewstep.adapters import load_teacher
-    from fewstep.api import Run, distill
+    from fewstep.api import Run
+    from fewstep.distillation import distill
 
 __version__ = "0.1.0"
 __all__ = ["Run", "__version__", "distill", "load_teacher"]
 
-_HOMES = {"distill": "fewstep.api", "Run": "fewstep.api", "load_teacher": "fewstep.adapters"}
+_HOMES = {"distill": "fewstep.distillation", "Run": "fewstep.api", "load_teacher": "fewstep.adapters"}
 
 
 def __getattr__(name: str) -> Any:

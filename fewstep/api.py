@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from fewstep import checkpoint, identity
 from fewstep.adapters import load_teacher
-from fewstep.config import Config, parse
+from fewstep.config import Config
 from fewstep.data import default_cache, open_source
 from fewstep.devices import default_device
 from fewstep.exported import wanted_prompts, wanted_steps
 from fewstep.networks import set_weights
-from fewstep.plain import stepped
 from fewstep.stages import Stage, claimed, find, stages_of, store
 from fewstep.study import Study, open_study
 from fewstep.trainer import Job, fit, make_accelerator, runs_on_cpu
@@ -26,7 +25,6 @@ from fewstep.verify import Report, verify
 from fewstep.walks import as_deployed, walk_of
 
 Place = str | Path
-Part = str | Mapping[str, Any]  # the name that a part of a config turns on, or the whole part
 
 
 def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
@@ -147,18 +145,3 @@ class Run:
         """Scores the run, writes results.json and returns what is in it; see `fewstep.judging`."""
         judging = import_module("fewstep.judging")  # it draws with runs, and so lies above this file
         return judging.evaluate(self.folder, protocol, out=None, steps=list(steps), fresh=fresh, teacher=teacher)[0]
-
-
-def distill(
-    *, teacher: Place, objective: Part, data: Part | Path, steps: int = 4, out: Place = "runs/distilled", **settings: Any
-) -> Run:
-    """Distils a teacher in one call. `data` is a source of prompts, or of images where the objective needs them, or that part of
-    a config; `settings` are further parts (student=..., critic=..., train=...)."""
-    from fewstep.objectives import objectives
-
-    chosen = {"name": objective} if isinstance(objective, str) else dict(objective)
-    kind = objectives().get(chosen["name"])
-    source = "images" if kind is not None and kind().needs.images else "prompts"
-    found = {source: str(data)} if isinstance(data, (str, Path)) else dict(data)
-    tree = {"teacher": {"path": str(teacher)}, "objective": stepped(chosen, steps), "data": found, **settings}
-    return train(parse(tree), Path(out))

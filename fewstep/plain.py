@@ -85,9 +85,12 @@ def check_objective(tree: Any, where: str) -> None:
 
 
 def stepped(chosen: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The objective with its number of steps, which a wrapper leaves to what it wraps."""
-    inner = chosen.get("inner")
-    return {"steps": steps, **chosen} if inner is None else {**chosen, "inner": stepped(inner, steps)}
+    """A known objective with its number of steps, which a wrapper leaves to what it wraps."""
+    own = told(objectives()[chosen["name"]]())
+    if "inner" not in own:
+        return {"steps": steps, **chosen}
+    inner = chosen.get("inner") or {k: v for k, v in own["inner"].items() if k != "steps"}
+    return {**chosen, "inner": stepped(inner, steps)}
 
 
 def name_of(objective: Objective) -> str:

@@ -119,7 +119,6 @@ MAY_IMPORT = {
         "evaluation",
         "zoo",
         "config",
-        "plain",
         "stages",
         "devices",
         "exported",
@@ -127,6 +126,7 @@ MAY_IMPORT = {
         "study",
         "walks",
     },
+    "distillation": {"api", "config", "objectives", "plain"},
     # what the commands do; Run.evaluate, which is below, finds judging by its name when it is asked
     "plan": {"config", "weightless", "study"},
     "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "slim", "data", "config", "study"},
@@ -138,7 +138,7 @@ MAY_IMPORT = {
     "demo": {"api", "config", "evaluation", "export", "judging", "verify"},
     "cli": COMMANDS | {"api", "config", "verify"},
     "__main__": {"cli"},
-    "": {"api", "adapters"},  # fewstep/__init__.py: its lazy public names
+    "": {"api", "adapters", "distillation"},  # fewstep/__init__.py: its lazy public names
 }
 
 # Which modules alone may import these packages.

@@ -293,7 +293,7 @@ def test_the_python_api_goes_from_a_teacher_to_a_proof(setup, teacher, data, tmp
     asked = []
     monkeypatch.setattr(judging, "evaluate", lambda *given, **named: (asked.append((given, named)), ({"rows": []}, Path()))[1])
     run = fewstep.distill(
-        teacher=Path(teacher),
+        teacher={"path": Path(teacher), "guidance": 2},
         objective={"name": "dmd", "critic_turns": 1},
         data=Path(data["dmd"]["prompts"]),
         steps=2,
@@ -302,7 +302,7 @@ def test_the_python_api_goes_from_a_teacher_to_a_proof(setup, teacher, data, tmp
         critic={"weights": "lora", "rank": 2},
         train={"rounds": 1, "batch": 1, "device": "cpu"},
     )
-    assert isinstance(run, fewstep.Run) and run.config.objective.steps == 2
+    assert isinstance(run, fewstep.Run) and (run.config.objective.steps, run.config.teacher.guidance) == (2, 2.0)
     assert run.config.data.prompts == data["dmd"]["prompts"]
     report = run.verify()
     assert report.ok and (tmp_path / "run/export/fewstep.json").exists(), str(report)
@@ -320,12 +320,6 @@ def test_a_card_shows_what_was_measured_of_its_own_round_alone(setup, tmp_path):
     with pytest.warns(UserWarning, match="results.json was measured at round 1, not at round 2, and is left out of the card"):
         card = (on.export(tmp_path / "out") / "README.md").read_text()
     assert "Measured" not in card and "round: 2" in card
-
-
-def test_distilling_with_an_objective_of_images_takes_them(monkeypatch):
-    monkeypatch.setattr(api, "train", lambda config, folder: config)
-    config = fewstep.distill(teacher="zoo:sprites-sd", objective="consistency", data="zoo:sprites", steps=2)
-    assert (config.data.images, config.data.prompts, config.objective.steps) == ("zoo:sprites", None, 2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
