@@ -103,10 +103,19 @@ def seen_times(
                 raise ValueError(
                     f"teacher.size {list(setting.size)} is none that {pipeline.__name__} draws at ({said})"
                 ) from error
+            check_count(scheduler, steps)
             raise ValueError(
                 f"{type(scheduler).__name__} cannot make {steps} steps ({said}); choose another step count"
             ) from error
     return times
+
+
+def check_count(scheduler: Any, steps: int) -> None:
+    """Raises ValueError where a scheduler that has refused to make some steps makes fewer: Diffusers names, in its own words,
+    arguments that nobody has given."""
+    most = scheduler.config.get("original_inference_steps") or scheduler.config.get("num_train_timesteps", steps)
+    if steps > most:
+        raise ValueError(f"{type(scheduler).__name__} cannot make {steps} steps, {most} at most; choose another step count")
 
 
 def falling(schedule: NoiseSchedule, seen: Sequence[float], steps: int) -> tuple[float, ...]:

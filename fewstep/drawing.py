@@ -25,6 +25,8 @@ def draw(
         raise ValueError(
             f"{target} is a teacher, and students are drawn: `fewstep sample RUN --compare-teacher` draws a run's beside it"
         )
+    if source and Path(source).expanduser().is_dir():
+        raise ValueError(f"{source} is a folder; give a file of prompts, a .txt, .jsonl or .csv")
     prompts = given + (read_prompts(source)[:count] if source else [])
     if not prompts:
         raise ValueError("nothing to draw; give --prompt TEXT or --prompts FILE")

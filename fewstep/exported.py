@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fewstep import proof
+from fewstep.deploy import check_count
 from fewstep.devices import default_device
 from fewstep.families import family_of
 from fewstep.progress import track
@@ -73,7 +74,11 @@ class Exported:
             call |= family.spacing(self.facts["sampler"], steps)
             with torch.random.fork_rng():
                 torch.manual_seed(seed + start)  # some pipelines hand their scheduler no generator, and it draws from this one
-                drawn = self.pipe(**call, generator=noise, output_type="np")
+                try:
+                    drawn = self.pipe(**call, generator=noise, output_type="np")
+                except ValueError:
+                    check_count(self.pipe.scheduler, steps)
+                    raise
             images = drawn.images if "images" in drawn else drawn.frames[:, drawn.frames.shape[1] // 2]
             parts.append((images * 255).round().astype(np.uint8))
         return np.concatenate(parts)

@@ -26,6 +26,7 @@ from fewstep.evaluation.protocol import (
     describe,
     floor,
     judge,
+    judge_less,
     load_prompts,
     load_protocol,
     prompts_sha,
@@ -133,10 +134,7 @@ def _pictures(
         raise ValueError(f"the images in {target} were drawn in one number of steps; give --steps once, or not at all")
     n, pictures = protocol.n, folders.load_folder(target)
     if (held := len(pictures.images)) < n:
-        raise ValueError(
-            f"{target} has {held} images, protocol {protocol.name!r} judges {n}; "
-            f"draw more, or judge by a protocol with a lower n (--n {held})"
-        )
+        raise ValueError(f"{target} has {held} images, protocol {protocol.name!r} judges {n}; draw more, {judge_less(held)}")
     if held > n:
         warnings.warn(f"protocol {protocol.name!r} judges {n} of the {held} images, the first by name", stacklevel=2)
     images, own = pictures.images[:n], None if pictures.prompts is None else pictures.prompts[:n]
@@ -230,6 +228,8 @@ def report_runs(runs: list[Path], out: Path) -> Path:
     """One page for several run folders. Raises ValueError for a folder without results."""
     found, grids, curves, notes = [], [], {}, []
     for folder in runs:
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}; name a run")
         files = results.places_in(folder)
         if not files:
             raise ValueError(f"{folder} has no {CARD}; `fewstep eval {folder} --protocol sprites` makes it")

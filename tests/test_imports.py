@@ -76,7 +76,7 @@ MAY_IMPORT = {
     "card": DENOISER | PARTS | TEACHER | {"loraformat"},
     "export": DENOISER | PARTS | SIDE_DOORS | {"embedders", "slim", "origin", "swap"},
     "verify": DENOISER | PARTS | SIDE_DOORS,
-    "exported": {"devices", "proof", "verify", "families", "progress", "stream"},
+    "exported": {"devices", "proof", "verify", "deploy", "families", "progress", "stream"},
     # the judge: sees pictures, not how they were trained
     "evaluation": DENOISER | PARTS | TEACHER | {"data", "zoo", "progress", "hints", "origin", "devices"},
     # the embedded world is free of the framework; the programs that made its teachers are not

@@ -25,6 +25,7 @@ from fewstep.hints import hint, read_yaml
 
 SHIPPED = Path(__file__).parent / "protocols"
 PLACES = (Path("eval/protocols"), Path(__file__).parents[2] / "eval" / "protocols", SHIPPED)
+LEAST = 8  # pictures
 OWN = "--protocol inception --reference FOLDER --prompts FILE judges against your own images"
 
 
@@ -36,7 +37,7 @@ class Protocol(BaseModel):
     name: str
     # zoo:sprites, a .txt, .jsonl or .csv file, or a folder of captioned images; a folder of samples is judged without
     prompts: str | None = None
-    n: Annotated[int, Field(ge=8)]
+    n: Annotated[int, Field(ge=LEAST)]
     seed: int = 0
     extractor: str = "inception"  # or inception:WEIGHTS, zoo:NAME, open_clip:FOLDER, open_clip:ARCHITECTURE:WEIGHTS
     clip: str | None = None  # an open_clip model as above, or no CLIP score
@@ -107,10 +108,15 @@ def load_prompts(protocol: Protocol) -> list[str]:
     if len(found) < protocol.n:
         raise ValueError(
             f"{protocol.prompts} has {len(found)} prompts, protocol {protocol.name!r} wants {protocol.n}; "
-            f"add some, or lower its n (--n {len(found)})"
+            f"add some, {judge_less(len(found))}"
         )
     check_captions(found[: protocol.n], protocol)
     return found[: protocol.n]
+
+
+def judge_less(held: int) -> str:
+    """What else can be done where a protocol wants more than there are."""
+    return f"or judge by a lower n (--n {held})" if held >= LEAST else f"at least {LEAST} are needed"
 
 
 @lru_cache(maxsize=2)

@@ -11,6 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from fewstep import api
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -137,9 +139,9 @@ def test_prompts_that_are_not_there(refused, config, tmp_path):
 # Grids and devices
 
 
-def test_steps_that_no_scheduler_makes(refused, config, trained):
+def test_steps_that_no_scheduler_makes(refused, config, trained, tmp_path):
     for verb in ("train", "plan"):
-        refused("cannot make 101 steps .*choose another step count", verb, config(), "--set", "objective.steps=101")
+        refused("cannot make 101 steps, 100 at most; choose another step count", verb, config(), "--set", "objective.steps=101")
         refused(
             "no stock scheduler of this family computes the sampler 'tcd'; it has",
             verb,
@@ -147,7 +149,10 @@ def test_steps_that_no_scheduler_makes(refused, config, trained):
             "--set",
             "objective.sampler=tcd",
         )
-    refused("cannot make 101 steps", "sample", trained[1], "--prompt", "a star", "--steps", "101")
+    export = api.Run(trained[1]).export(tmp_path / "export")
+    for target in (trained[1], export):
+        said = "LCMScheduler cannot make 101 steps, 100 at most; choose another step count"
+        refused(said, "sample", target, "--prompt", "a star", "--steps", "101")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -203,6 +208,7 @@ def test_what_is_no_run(refused, tmp_path):
         refused("is not a run folder: it has no config.yaml", verb[0], tmp_path / "nowhere", *verb[1:])
     refused("is not a fewstep export", "verify", tmp_path)
     refused("has no results.json; `fewstep eval", "report", tmp_path)
+    refused("there is no folder nowhere; name a run", "report", "nowhere")
 
 
 def test_a_run_without_a_checkpoint(refused, trained, tmp_path):
@@ -213,6 +219,7 @@ def test_a_run_without_a_checkpoint(refused, trained, tmp_path):
 
 def test_pictures_of_nothing_or_over_something(refused, trained, tmp_path):
     refused("nothing to draw; give --prompt TEXT or --prompts FILE", "sample", trained[1])
+    refused("is a folder; give a file of prompts, a .txt, .jsonl or .csv\n", "sample", trained[1], "--prompts", tmp_path)
     refused("zoo:sprites-sd is a teacher.*sample RUN --compare-teacher", "sample", "zoo:sprites-sd", "--prompt", "x")
     (tmp_path / "file").write_text("mine")
     for out in ("file", "file/samples"):

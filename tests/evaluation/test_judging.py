@@ -125,6 +125,10 @@ def test_too_few_images_are_refused_and_more_are_said(place):
         gone.unlink()
     with pytest.raises(ValueError, match="mine has 39 images, protocol 'plain' judges 40; draw more, or .* .--n 39."):
         score("mine", "plain.yaml")
+    for gone in sorted((place / "mine").glob("*.png"))[7:]:
+        gone.unlink()
+    with pytest.raises(ValueError, match="mine has 7 images, protocol 'plain' judges 40; draw more, at least 8 are needed$"):
+        score("mine", "plain.yaml")
 
 
 # What draws
@@ -138,7 +142,7 @@ def test_too_few_images_are_refused_and_more_are_said(place):
         ("mine.txt", "plain.yaml", "mine.txt is there and is no results file of fewstep"),
         ("old.json", "plain.yaml", "old.json holds results of another protocol, 'sprites'"),
         (None, "cats.yaml", "prompt 1 is 'a cat'; set accuracy: false"),
-        (None, "few.yaml", "p.txt has 1 prompts, protocol 'few' wants 40"),
+        (None, "few.yaml", "p.txt has 1 prompts, protocol 'few' wants 40; add some, at least 8 are needed$"),
     ],
 )
 def test_what_cannot_be_judged_or_kept_is_refused_before_anything_is_drawn(place, model, out, protocol, said):

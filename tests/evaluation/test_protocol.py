@@ -114,7 +114,7 @@ def test_prompts_are_the_worlds_captions_or_the_lines_of_a_file(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}\n" for i in range(50)))
     mine = PLAIN.model_copy(update={"prompts": str(tmp_path / "p.txt")})
     assert load_prompts(mine) == [f"prompt {i}" for i in range(40)]
-    with pytest.raises(ValueError, match="has 50 prompts.* lower its n .--n 50."):
+    with pytest.raises(ValueError, match="has 50 prompts.* a lower n .--n 50."):
         load_prompts(mine.model_copy(update={"n": 60}))
     with pytest.raises(ValueError, match="there is no file of prompts at nowhere.txt"):
         load_prompts(TINY.model_copy(update={"prompts": "nowhere.txt"}))
