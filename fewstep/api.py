@@ -12,17 +12,18 @@ import numpy as np
 from torch import Tensor
 
 from fewstep import checkpoint, identity
-from fewstep.adapters import load_teacher
 from fewstep.config import Config
 from fewstep.data import default_cache, open_source
 from fewstep.devices import default_device
+from fewstep.evaluation.results import measured
+from fewstep.export import export
 from fewstep.exported import wanted_prompts, wanted_steps
 from fewstep.networks import set_weights
 from fewstep.stages import Stage, claimed, find, stages_of, store
 from fewstep.study import Study, open_study
 from fewstep.trainer import Job, fit, make_accelerator, runs_on_cpu
 from fewstep.verify import Report, verify
-from fewstep.walks import as_deployed, walk_of
+from fewstep.walks import as_deployed, teacher_of, walk_of
 
 Place = str | Path
 
@@ -40,8 +41,7 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> Run:
 
 
 def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> None:
-    config = stage.config
-    study = open_study(config)
+    config, study = stage.config, open_study(stage.config)
     parts = config.phases > 1 or config.objective.needs.partly or len(study.teacher.components) > 1
     accelerator = make_accelerator(config.train, partly=parts)
     for part in whole.stages:
@@ -85,8 +85,7 @@ class Run:
     @cached_property
     def place(self) -> Path:
         """The newest checkpoint."""
-        found = self.last.place
-        if found is None:
+        if (found := self.last.place) is None:
             raise ValueError(f"the run at {self.folder} has no checkpoint yet; `fewstep train ... --resume` goes on with it")
         return found
 
@@ -113,16 +112,10 @@ class Run:
 
     def export(self, to: Place, *, form: str | None = None, layout: str | None = None) -> Path:
         """Writes what stock Diffusers (or ComfyUI) loads; see `fewstep.export`."""
-        from fewstep.evaluation.results import measured
-        from fewstep.export import export
-
         reached = self.last.reached(self.place)
-        record: dict[str, Any] = {"config": self.config.model_dump(mode="json"), **reached}
-        if (results := measured(self.folder, reached)) is not None:
-            record["results"] = results
-        wish = self.config.teacher  # loaded afresh: the study's network carries the adapters
+        record = {"config": self.config.model_dump(mode="json"), **reached, "results": measured(self.folder, reached)}
         return export(
-            as_deployed(load_teacher(wish.path, size=wish.size, guidance=wish.guidance), self.config),
+            as_deployed(teacher_of(self.config), self.config),  # the study's network carries the adapters
             self.config.student_kind(),
             self.weights,
             guidance=self.study.guidance,
@@ -141,7 +134,19 @@ class Run:
         """Proves an export of this run; if none is named, the one that this makes in its folder. See `fewstep.verify`."""
         return verify(export or self.export(self.folder / "export"))
 
-    def evaluate(self, protocol: str, steps: Sequence[int] = (), *, fresh: bool = False, teacher: bool = True) -> dict[str, Any]:
-        """Scores the run, writes results.json and returns what is in it; see `fewstep.judging`."""
+    def evaluate(
+        self,
+        protocol: str = "inception",
+        steps: Sequence[int] = (),
+        *,
+        reference: Place | None = None,
+        prompts: Place | None = None,
+        n: int | None = None,
+        size: int | None = None,
+        fresh: bool = False,
+        teacher: bool = True,
+    ) -> dict[str, Any]:
+        """Scores the run as `fewstep eval` does, writes results.json and returns what is in it; see `fewstep.judging`."""
         judging = import_module("fewstep.judging")  # it draws with runs, and so lies above this file
-        return judging.evaluate(self.folder, protocol, out=None, steps=list(steps), fresh=fresh, teacher=teacher)[0]
+        given = {"reference": reference, "prompts": prompts, "n": n, "size": size}
+        return judging.evaluate(self.folder, protocol, out=None, steps=list(steps), fresh=fresh, teacher=teacher, given=given)[0]

@@ -236,7 +236,7 @@ def eval_(
     """Scores a run, an export, a pipeline folder or a folder of images; writes results.json."""
     from fewstep.judging import evaluate, table
 
-    given = {k: v for k, v in {"reference": reference, "prompts": prompts, "n": n, "size": size}.items() if v is not None}
+    given = {"reference": reference, "prompts": prompts, "n": n, "size": size}
     results, where = evaluate(target, protocol, out=out, steps=_counts(steps), fresh=fresh, teacher=teacher, given=given)
     typer.echo(table(results) + f"\nwritten: {where}")
 

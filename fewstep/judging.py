@@ -64,9 +64,9 @@ def evaluate(
     target's name. Returns both. What an interrupted one measured lies beside it. Rows of a run or an export that were measured
     before, by the same protocol at the same round, stay where they are not measured again.
 
-    given: keys of the protocol that its file leaves open. A teacher of the zoo brings its rows on its card, taken where protocol
-    and extractor are the same and `fresh` is not asked; what depends on the machine is measured here. Raises ValueError, before
-    anything is drawn, for what cannot be judged, and for a file that is not to be written over."""
+    given: what goes over the protocol's keys, but for None. A teacher of the zoo brings its rows on its card, taken where
+    protocol and extractor are the same and `fresh` is not asked; what depends on the machine is measured here. Raises ValueError,
+    before anything is drawn, for what cannot be judged, and for a file that is not to be written over."""
     protocol, target = load_protocol(protocol_name, given), Path(target)
     name = {"name": protocol.name, "hash": protocol.hash}
     home = (target, "results") if is_run(target) or is_export(target) else (Path(), f"{_name(target)}.results")

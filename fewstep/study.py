@@ -26,7 +26,7 @@ from fewstep.preview import Preview
 from fewstep.roles import roles_of
 from fewstep.sampling import STEPS
 from fewstep.slim import try_out
-from fewstep.walks import Walk, as_deployed, walk_of
+from fewstep.walks import Walk, as_deployed, guidance_of, walk_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Study:
 
     @property
     def guidance(self) -> float:
-        return _guidance(self.teacher, self.config)
+        return guidance_of(self.teacher, self.config)
 
     @property
     def device(self) -> torch.device:
@@ -148,9 +148,5 @@ def open_study(config: Config, device: str = "cpu") -> Study:
 def study_of(config: Config, teacher: Teacher) -> Study:
     """The roles of a config on its teacher's network."""
     walk, needs = walk_of(teacher, config), config.objective.needs
-    check_fed(needs.scales, _guidance(teacher, config), embedded=teacher.family.embedded, mixes=needs.mixes)
+    check_fed(needs.scales, guidance_of(teacher, config), embedded=teacher.family.embedded, mixes=needs.mixes)
     return Study(config, teacher, roles_of(config, teacher), walk)
-
-
-def _guidance(teacher: Teacher, config: Config) -> float:
-    return teacher.guidance if config.teacher.guidance is None or teacher.family.embedded else config.teacher.guidance

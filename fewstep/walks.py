@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fewstep.adapters import Teacher
+from fewstep.adapters import Teacher, load_teacher
 from fewstep.config import Config
 from fewstep.objectives.samplers import deployed_sampler
 from fewstep.plain import name_of
@@ -22,6 +22,16 @@ class Walk:
     sampler: str
     grid: Grid
     finer: dict[int, Grid]
+
+
+def teacher_of(config: Config, device: str = "cpu") -> Teacher:
+    """The teacher of a config, loaded afresh: no network that has been trained on."""
+    return load_teacher(config.teacher.path, device, size=config.teacher.size, guidance=config.teacher.guidance)
+
+
+def guidance_of(teacher: Teacher, config: Config) -> float:
+    """The scale that a config has its teacher guided at."""
+    return teacher.guidance if config.teacher.guidance is None or teacher.family.embedded else config.teacher.guidance
 
 
 def as_deployed(teacher: Teacher, config: Config) -> Teacher:

@@ -8,7 +8,7 @@ import torch
 from test_trainer import NAN, job, same, watched
 from torch import nn
 
-from fewstep import api, checkpoint
+from fewstep import api, checkpoint, walks
 from fewstep.config import parse
 from fewstep.optimizers import KINDS, check_optimizer, step_unless
 from fewstep.trainer import fit
@@ -94,7 +94,7 @@ def test_a_run_goes_on_to_the_bit_and_counts_what_it_skips(name, tmp_path, bitsa
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU cannot do")
 def test_what_cannot_work_here_is_refused_in_a_sentence_before_anything_is_loaded(wrong, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "load_teacher", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr(walks, "load_teacher", lambda *_, **__: pytest.fail("a teacher was loaded"))
     tree = {"teacher": {"path": "zoo:sprites-sd"}, "objective": {"name": "dmd"}, "data": {"prompts": "zoo:sprites"}}
     with pytest.raises(ValueError, match=said) as refusal:
         api.train(parse(tree | wrong), tmp_path / "run")

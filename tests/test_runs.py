@@ -306,8 +306,10 @@ def test_the_python_api_goes_from_a_teacher_to_a_proof(setup, teacher, data, tmp
     assert run.config.data.prompts == data["dmd"]["prompts"]
     report = run.verify()
     assert report.ok and (tmp_path / "run/export/fewstep.json").exists(), str(report)
-    assert run.evaluate("sprites-quick", [2], teacher=False) == {"rows": []}
-    assert asked == [((run.folder, "sprites-quick"), {"out": None, "steps": [2], "fresh": False, "teacher": False})]
+    assert run.evaluate("sprites-quick", [2], teacher=False, n=9) == {"rows": []}
+    given = {"reference": None, "prompts": None, "n": 9, "size": None}
+    asked_for = {"out": None, "steps": [2], "fresh": False, "teacher": False, "given": given}
+    assert asked == [((run.folder, "sprites-quick"), asked_for)]
 
 
 def test_a_card_shows_what_was_measured_of_its_own_round_alone(setup, tmp_path):

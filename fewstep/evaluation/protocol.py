@@ -58,7 +58,8 @@ class Protocol(BaseModel):
 
 
 def load_protocol(name_or_file: str | Path, given: Mapping[str, Any] | None = None) -> Protocol:
-    """A protocol by name (eval/protocols, then those shipped with fewstep) or from a YAML file; what is given goes over its keys.
+    """A protocol by name (eval/protocols, then those shipped with fewstep) or from a YAML file; what is given, and not
+    None, goes over its keys.
 
     Raises ValueError for an unknown name or key (with the nearest one) and for a value of the wrong kind.
     """
@@ -73,8 +74,9 @@ def load_protocol(name_or_file: str | Path, given: Mapping[str, Any] | None = No
         if key not in Protocol.model_fields:
             known = f"; the keys are {', '.join(Protocol.model_fields)}"
             raise ValueError(f"{file}: unknown key {key!r}{hint(str(key), Protocol.model_fields) or known}")
+    over = {k: str(v) if isinstance(v, Path) else v for k, v in (given or {}).items() if v is not None}
     try:
-        return Protocol(**content | dict(given or {}))
+        return Protocol(**content | over)
     except ValidationError as error:
         if "reference" in {place for e in error.errors() if e["type"] == "missing" for place in e["loc"]}:
             given_as = "give --reference FOLDER (your images) and --prompts FILE, or write them into a copy of it"

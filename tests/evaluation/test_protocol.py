@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,8 @@ def test_your_own_images_need_a_reference_and_prompts_alone():
         load_protocol("inception")
     own = load_protocol("inception", {"reference": "photos", "prompts": "p.txt", "n": 9})
     assert (own.reference, own.prompts, own.n, own.extractor) == ("photos", "p.txt", 9, "inception")
+    assert load_protocol("inception", {"reference": Path("photos"), "prompts": "p.txt", "n": 9}) == own
+    assert load_protocol("sprites", {"reference": None, "n": None}) == load_protocol("sprites")
     with pytest.raises(ValueError, match="says no prompts to draw for; give --prompts FILE"):
         load_prompts(own.model_copy(update={"prompts": None}))
 
