@@ -101,6 +101,7 @@ def train(
     """Trains a config."""
     from fewstep import api
     from fewstep.config import load
+    from fewstep.drawing import wordless
 
     folder = out or _own_folder(config)
     stored = folder / "config.yaml"
@@ -116,7 +117,8 @@ def train(
     if int(os.environ.get("RANK", "0")) == 0:
         place, zoo = quote(str(folder)), wanted.teacher.path.startswith("zoo:")
         protocol = "--protocol sprites" if zoo else "--reference FOLDER --prompts FILE"
-        after = f"sample {place} --prompt '...'", f"export {place} --to OUT", f"eval {place} {protocol}"
+        asked = "" if wordless(folder) else " --prompt '...'"
+        after = f"sample {place}{asked}", f"export {place} --to OUT", f"eval {place} {protocol}"
         said = "trained" if run.place != before else "trained already (a higher train.rounds goes on)"
         typer.echo(f"{said}: {run.place}\nnext: " + " | ".join(f"fewstep {x}" for x in after))
 
@@ -140,10 +142,14 @@ def sample(
     ] = None,
     compare_teacher: Annotated[bool, typer.Option("--compare-teacher", help="Draw the teacher's pictures beside them.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
-    count: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of the file.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many prompts of the file; where the teacher takes no prompts, pictures (else 4)."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures, over those of an earlier call.")] = Path("samples"),
 ) -> None:
-    """Draws pictures with the student of a run, or of an export: a folder of PNGs with a manifest, and one grid."""
+    """Draws pictures with the student of a run, or of an export: a folder of PNGs with a manifest, and one grid. Of a video it
+    keeps the middle frame."""
     from fewstep.drawing import draw
 
     where = draw(target, list(prompt or ()), prompts, _counts(steps), compare_teacher, seed, count, out)

@@ -6,19 +6,25 @@ import json
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
+from fewstep import proof
 from fewstep.api import Run
 from fewstep.data import read_prompts
 from fewstep.evaluation.images import MANIFEST, save_folder
 from fewstep.exported import Exported, is_export
+from fewstep.families import family_of
+from fewstep.folders import pipeline_name, teacher_folder
+
+UNASKED = 4  # pictures of a teacher that takes no prompt, where nobody says how many
 
 
 def draw(
     target: Path, given: list[str], source: str | None, steps: list[int], compare: bool, seed: int, count: int | None, out: Path
 ) -> Path:
-    """Draws the student (and teacher) of a run, or an export, for the prompts; returns the folder with grid.png and one folder of
-    PNGs a row, whose pictures take the place of an earlier call's.
+    """Draws the student (and teacher) of a run, or an export, for the prompts, or `count` pictures where its teacher takes none;
+    returns the folder with grid.png and one folder of PNGs a row, whose pictures take the place of an earlier call's.
 
     Raises ValueError where there is no prompt, the folder holds other files, or an export is to be compared with its teacher."""
     if str(target).startswith("zoo:"):
@@ -28,6 +34,8 @@ def draw(
     if source and Path(source).expanduser().is_dir():
         raise ValueError(f"{source} is a folder; give a file of prompts, a .txt, .jsonl or .csv")
     prompts = given + (read_prompts(source)[:count] if source else [])
+    if not prompts and wordless(target):
+        prompts = [""] * (count or UNASKED)
     if not prompts:
         raise ValueError("nothing to draw; give --prompt TEXT or --prompts FILE")
     nearest = next(place for place in (out, *out.parents) if place.exists())
@@ -60,6 +68,28 @@ def draw(
         save_folder(out / name, images, prompts=prompts, seeds=[seed] * len(prompts))
     Image.fromarray(grid([images[:16] for images in rows.values()])).save(out / "grid.png")
     return out / "grid.png"
+
+
+def wordless(target: Path) -> bool:
+    """Whether a run or an export draws without prompts or classes. Nothing is loaded: of a hub id the cache is asked, and where
+    that does not know it, it wants prompts. Raises ValueError for what is neither, or damaged."""
+    if is_export(target):
+        try:
+            return not any(family_of(proof.stated(target)["base_pipeline"]).examples)
+        except proof.Broken as error:
+            raise ValueError(f"{target}: {error}") from error
+    path = Run(target).config.teacher.path
+    folder = teacher_folder(path)
+    if folder is None:
+        index = try_to_load_from_cache(path, "model_index.json")
+        if not isinstance(index, str):
+            return False
+        folder = Path(index).parent
+    family = family_of(pipeline_name(folder))
+    if any(family.examples):
+        return False
+    config = folder / family.component / "config.json"
+    return not (config.is_file() and json.loads(config.read_text("utf-8")).get("num_class_embeds"))
 
 
 def earlier(out: Path) -> list[Path]:

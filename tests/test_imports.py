@@ -130,7 +130,7 @@ MAY_IMPORT = {
     # what the commands do; Run.evaluate, which is below, finds judging by its name when it is asked
     "plan": {"config", "weightless", "study"},
     "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "slim", "data", "config", "study"},
-    "drawing": {"api", "data", "evaluation", "exported"},
+    "drawing": {"api", "data", "evaluation", "exported", "families", "folders", "proof"},
     "judging": {"api", "adapters", "devices", "exported", "data", "denoiser", "evaluation", "painting", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),

@@ -44,6 +44,19 @@ def test_pictures_of_an_earlier_call_are_gone_and_nothing_else_is(command, train
     assert contents(tmp_path / "drawn") == before
 
 
+def test_a_teacher_that_takes_no_prompts_is_asked_for_none(command, config, folders, tmp_path, trained):
+    done = command("train", config(teacher={"path": str(folders["ddpm"])}), "--out", "run")
+    assert done.code == 0 and "next: fewstep sample run | fewstep export run" in done.out, done.err
+    assert command("sample", "run", "--count", "3", "--out", "three").code == 0
+    assert command("sample", "run", "--compare-teacher", "--out", "some").code == 0
+    assert command("export", "run", "--to", "out", "--weights", "full").code == 0
+    assert command("sample", "out", "--count", "3", "--out", "drawn").code == 0
+    pictures = {name: sorted((tmp_path / name / "student-1").glob("*.png")) for name in ("three", "some", "drawn")}
+    assert [len(files) for files in pictures.values()] == [3, 4, 3]
+    assert len({file.read_bytes() for file in pictures["three"]}) == 3
+    is_refusal(command("sample", trained[1], "--count", "3"), "nothing to draw; give --prompt TEXT or --prompts FILE")
+
+
 def test_a_run_from_another_folder_or_its_own_and_how_to_go_on_from_there(command, trained, tmp_path, monkeypatch):
     """Its paths were relative; its own folder has a space in its name, and is where its own config goes on."""
     tree = yaml.safe_load(trained[0].read_text())
