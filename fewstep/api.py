@@ -19,7 +19,7 @@ from fewstep.evaluation.results import measured
 from fewstep.export import export
 from fewstep.exported import wanted_prompts, wanted_steps
 from fewstep.networks import set_weights
-from fewstep.stages import Stage, claimed, find, stages_of, store
+from fewstep.stages import Stage, absolute, claimed, find, stages_of, store
 from fewstep.study import Study, open_study
 from fewstep.trainer import Job, fit, make_accelerator, runs_on_cpu
 from fewstep.verify import Report, verify
@@ -46,6 +46,7 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
     accelerator = make_accelerator(config.train, partly=parts)
     for part in whole.stages:
         walk_of(study.teacher, part)  # refused now, not when its turn comes
+    tutored = identity.taught(study.teacher, study.guidance, absolute(config).teacher.path, stage.taught if resume else None)
     stage.begin(study.roles)
     study.teacher.pipe.to(accelerator.device)  # what encodes prompts and images, and draws pairs
     if "tutor" in study.roles:
@@ -64,7 +65,7 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
     study.encoded(painting=accelerator.is_main_process)
     if accelerator.is_main_process:
         store(whole, folder)
-    known = {"grid": list(study.grid), "sampler": study.sampler, "data": learned}
+    known = {"grid": list(study.grid), "sampler": study.sampler, "data": learned, "teacher": tutored}
     preview = study.preview(study.teacher.resized(source.first(8)), stage.folder / "grids")
     fit(
         Job(config.objective, study.roles, study.nets, source, stage.settings, stage.folder, known, preview),

@@ -1,4 +1,4 @@
-"""What a run learns from, as a hash that its checkpoints keep, so that it goes on with nothing else."""
+"""What a run learns from, and by whom it is taught, as hashes that its checkpoints keep, so that it goes on with nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 from fewstep import checkpoint
-from fewstep.data import Buckets, Source
+from fewstep.adapters import Teacher
+from fewstep.data import Buckets, Source, fingerprint
+from fewstep.folders import teacher_folder
 
 
 def content(source: Source | Buckets, before: Path | None = None) -> str:
@@ -20,5 +22,24 @@ def content(source: Source | Buckets, before: Path | None = None) -> str:
     if before is not None and checkpoint.inspect(before).get("data", now) != now:
         raise ValueError(
             f"the data have changed since {before} was written; put back what they were, or start a new run in another --out"
+        )
+    return now
+
+
+def taught(teacher: Teacher, guidance: float, path: str, before: Path | None = None) -> dict[str, str]:
+    """The teacher's path, and a hash of all that decides its encodings and its predictions; of a hub id its name alone.
+
+    before: the newest checkpoint that is said to be of this teacher. Raises ValueError where it was another one, elsewhere; one
+    that does not say passes."""
+    known = path
+    if teacher_folder(path) is not None:
+        said = [fingerprint(teacher, *teacher.components), f"{teacher.schedule} {teacher.target}", guidance]
+        known = hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+    now = {"path": path, "known": known}
+    was = now if before is None else checkpoint.inspect(before).get("teacher", now)
+    if was["path"] != path and was["known"] != known:
+        raise ValueError(
+            f"the teacher at {path} is not the one that {before} was taught by, which was at {was['path']}; "
+            "name that one's place, or start a new run in another --out"
         )
     return now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from fewstep.families import Family, family_of
 from fewstep.families.base import Config
@@ -44,8 +45,8 @@ def sizes_of(family: Family, net: Config, vae: Config, size: tuple[int, ...], as
 
 def check_aspect(path: str) -> None:
     """Raises ValueError where the teacher at a path is known to make pictures of one size only. Reads its index alone; of a hub
-    id nothing is known before it is loaded."""
-    folder = teacher_folder(path)
+    id, or of what has moved, nothing is known before it is loaded."""
+    folder = teacher_folder(path) if path.startswith("zoo:") or Path(path).exists() else None
     if folder is not None:
         _check(family_of(pipeline_name(folder)))
 

@@ -25,6 +25,9 @@ from fewstep.trainer import Settings
 # What may change when a run goes on: how long it is and how often it reports.
 RESUMABLE = ("train.rounds", "train.log_every", "train.save_every", "train.preview_every")
 
+# And where lies what it learns from and is taught by, if its checkpoint keeps under this key what that is (`identity`).
+MOVABLE = {"data.prompts": "data", "data.images": "data", "teacher.path": "teacher"}
+
 LOCK = ".lock"  # in a run's folder while a process trains in it; a file of that name that nobody holds means nothing
 APART, SEEDS = 1_000_003, 2**32  # between the seeds of stages: none sees the noise of another; and how many seeds there are
 
@@ -51,6 +54,11 @@ class Stage:
         """Whether the newest checkpoint is of the last round. Raises ValueError where it is damaged."""
         place = self.place
         return place is not None and checkpoint.inspect(place)["round"] >= self.config.train.rounds
+
+    @property
+    def taught(self) -> Path | None:
+        """The newest checkpoint of this stage or of one before it: all have one teacher on their path."""
+        return next((stage.place for stage in (self, *reversed(self.before)) if stage.place is not None), None)
 
     @property
     def settings(self) -> Settings:
@@ -218,15 +226,23 @@ def _check_same(old: Config, new: Config, folder: Path) -> None:
     for i, stage in enumerate(begun):
         if i >= len(coming) or coming[i].folder != stage.folder:
             raise ValueError(f"the run at {folder} has other stages; resume with its own config.yaml, or name another --out")
-        free = RESUMABLE if i == len(begun) - 1 else RESUMABLE[1:]
+        assert stage.place is not None
+        state = checkpoint.inspect(stage.place)
+        moved = (key for key, kept in MOVABLE.items() if kept in state and _given(stage.config, coming[i].config, key))
+        free = (*(RESUMABLE if i == len(begun) - 1 else RESUMABLE[1:]), *moved)
         which = f"stages.{i + 1}." if new.stages else ""
         if changed := differences(stage.config, coming[i].config, free):
             raise ValueError(
                 f"the run at {folder} was made with another {which}{changed[0]}; "
                 "resume with its own config.yaml, or name another --out"
             )
-        assert stage.place is not None
-        done, rounds = checkpoint.inspect(stage.place)["round"], coming[i].config.train.rounds
+        done, rounds = state["round"], coming[i].config.train.rounds
         if done > rounds:
             said = f"the run at {folder} has trained {done} rounds already, more than {which}train.rounds={rounds}"
             raise ValueError(f"{said}; set that to {done} or more, or name another --out")
+
+
+def _given(old: Config, new: Config, key: str) -> bool:
+    """Whether both configs name a place there."""
+    part, name = key.split(".")
+    return None not in (getattr(getattr(old, part), name), getattr(getattr(new, part), name))

@@ -90,7 +90,7 @@ MAY_IMPORT = {
     "succession": {"embedders", "networks"},
     "config": DENOISER | PARTS | {"objectives", "networks", "trainer", "plain", "embedders", "shapes", "succession"},
     "roles": {"adapters", "config", "experts", "networks", "pixels", "storage", "weighting"},
-    "identity": {"checkpoint", "data"},
+    "identity": {"adapters", "checkpoint", "data", "folders"},
     "walks": {"adapters", "config", "objectives", "plain"},
     "stages": {"checkpoint", "config", "experts", "loraformat", "networks", "trainer", "succession"},
     "study": DENOISER

@@ -18,7 +18,7 @@ import pytest
 import torch
 from faulty import SETTINGS, metrics, same
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fewstep
@@ -238,6 +238,66 @@ def test_captions_and_pictures_are_data_too(setup, data, tmp_path, name):
     finally:
         file.write_bytes(before)
     api.train(setup("consistency", rounds=2), run, resume=True)
+
+
+def moved(config, part, **places):
+    return config.model_copy(update={part: getattr(config, part).model_copy(update={k: str(v) for k, v in places.items()})})
+
+
+@pytest.mark.parametrize("objective", ["dmd", "consistency"])
+def test_a_run_goes_on_with_its_data_elsewhere_where_they_are_the_same(setup, data, tmp_path, objective):
+    run, (key, place) = tmp_path / "run", *data[objective].items()
+    api.train(setup(objective, rounds=1), run)
+    before, there = contents(run), tmp_path / "there" / Path(place).name
+    (shutil.copytree if Path(place).is_dir() else shutil.copy)(place, (there.parent.mkdir(), there)[1])
+    other = next(there.glob("1.txt"), there)
+    text = other.read_text()
+    other.write_text(text.replace("1", "one").replace("red", "green"))
+    with pytest.raises(ValueError, match="the data have changed since .*step-0000001 was written; put back what they were"):
+        api.train(moved(setup(objective, rounds=2), "data", **{key: there}), run, resume=True)
+    assert contents(run) == before
+    other.write_text(text)
+    api.train(moved(setup(objective, rounds=2), "data", **{key: there}), run, resume=True)
+    assert getattr(load(run / "config.yaml").data, key) == str(there)
+    api.train(setup(objective, rounds=2), tmp_path / "whole")
+    assert same(*(load_file(api.Run(folder).place / "student.safetensors") for folder in (run, tmp_path / "whole")))
+
+
+def reseeded(folder):
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({k: v + 1e-3 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def rescheduled(folder):
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
+
+
+def test_a_run_goes_on_with_its_teacher_elsewhere_where_it_is_the_same(setup, teacher, tmp_path):
+    run = tmp_path / "run"
+    api.train(setup(rounds=1), run)
+    before = contents(run)
+    for change in (reseeded, rescheduled):
+        change(shutil.copytree(teacher, other := tmp_path / change.__name__))
+        said = f"the teacher at {other} is not the one that .*step-0000001 was taught by, which was at {teacher}; name that"
+        with pytest.raises(ValueError, match=said):
+            api.train(moved(setup(rounds=2), "teacher", path=other), run, resume=True)
+        assert contents(run) == before
+    there = shutil.copytree(teacher, tmp_path / "there")
+    api.train(moved(setup(rounds=2), "teacher", path=there), run, resume=True)
+    assert load(run / "config.yaml").teacher.path == str(there)
+    api.train(setup(rounds=2), tmp_path / "whole")
+    assert same(*(load_file(api.Run(folder).place / "student.safetensors") for folder in (run, tmp_path / "whole")))
+
+
+@pytest.mark.parametrize(("part", "key", "kept"), [("teacher", "path", "teacher"), ("data", "prompts", "data")])
+def test_what_a_checkpoint_does_not_know_may_not_move(setup, tmp_path, part, key, kept):
+    run = tmp_path / "run"
+    state = api.train(setup(rounds=1), run).place / "state.json"
+    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != kept}))
+    with pytest.raises(ValueError, match=f"was made with another {part}.{key}; resume with its own config.yaml"):
+        api.train(moved(setup(rounds=2), part, **{key: tmp_path / "there"}), run, resume=True)
+    assert api.train(setup(rounds=2), run, resume=True).place.name == "step-0000002"
 
 
 def test_a_checkpoint_says_what_wrote_it(setup, tmp_path):

@@ -145,6 +145,15 @@ def test_a_checkpoint_of_any_stage_is_a_run_that_has_begun(here):
     stages.check_folder(whole, run, resume=True)
 
 
+def test_a_stage_that_has_not_begun_is_held_to_the_teacher_of_the_one_before(here):
+    first, second = stages.stages_of(config(stages=[{}, {}]), here / "run")
+    assert second.taught is None
+    trained(first.folder)
+    assert first.taught == second.taught == first.place
+    trained(second.folder)
+    assert second.taught == second.place
+
+
 def test_a_run_is_not_resumed_to_fewer_rounds_than_it_has(here):
     run = here / "run"
     stages.store(config(), run)
