@@ -18,6 +18,7 @@ from fewstep.plain import (
     check_finite,
     check_keys,
     check_objective,
+    check_truths,
     first_fault,
     flat,
     made,
@@ -190,6 +191,7 @@ def _parsed(tree: Mapping[str, Any], before: Sequence[Config] = ()) -> Config:
     except ValidationError as error:
         raise ValueError(first_fault(error)) from error
     check_finite(config.model_dump())
+    check_truths(tree, config.model_dump())
     if (config.data.prompts is None) == (config.data.images is None):
         raise ValueError("data needs exactly one of prompts and images, as in data: {prompts: zoo:sprites}")
     if config.data.pairs and config.data.images is not None:

@@ -34,6 +34,8 @@ ALIASES = {
 
 def read(file: Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises ValueError where there are none."""
+    if (file / "config.yaml").is_file():
+        raise ValueError(f"{file} is a folder; name the config in it, {file / 'config.yaml'}")
     if not file.is_file():
         raise ValueError(f"there is no config at {file}; `fewstep list configs` names those that ship")
     try:
@@ -179,3 +181,13 @@ def check_finite(tree: dict[str, Any]) -> None:
         for x in value if isinstance(value, list | tuple) else [value]:
             if isinstance(x, float) and not math.isfinite(x):
                 raise ValueError(f"{where} must be a finite number, not {x}")
+
+
+def check_truths(given: Mapping[str, Any], parsed: Mapping[str, Any]) -> None:
+    """Raises ValueError for a true or false where a number is wanted, which would count as 1 or 0."""
+    known = flat(dict(parsed))
+    for where, value in flat(dict(given)).items():
+        kept = known.get(where, value)
+        pairs = zip(value, kept, strict=True) if isinstance(value, list | tuple) else [(value, kept)]
+        if any(isinstance(x, bool) and not isinstance(y, bool) for x, y in pairs):
+            raise ValueError(f"{where} wants numbers, not true or false")

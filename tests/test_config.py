@@ -136,6 +136,28 @@ def test_no_objective_takes_what_is_not_finite():
 
 
 @pytest.mark.parametrize(
+    "key", ["train.rounds", "train.lr", "train.critic_lr", "student.rank", "teacher.guidance", "objective.steps", "data.pairs"]
+)
+def test_true_is_no_number(key):
+    part, name = key.split(".")
+    found = tree()
+    found[part] = {**found.get(part, {}), name: True}
+    assert refusal(found) == f"{key} wants numbers, not true or false"
+    assert refusal(tree(train={"betas": [False, 0.9]})) == "train.betas wants numbers, not true or false"
+    assert refusal(tree(**judged(critic_turns=True), data={"images": "zoo:sprites"})).startswith(
+        "objective.inner.critic_turns wants"
+    )
+    parse(tree(train={"checkpointing": True}, student={"weights": "full", "network": {"use_linear_projection": True}}))
+
+
+def test_no_segments_are_not_the_segments_that_are_left_away():
+    images = {"data": {"images": "zoo:sprites"}}
+    said = refusal(tree(objective={"name": "consistency", "segments": 0}, **images))
+    assert said == "objective: segments must be at least 1, not 0"
+    assert parse(tree(objective={"name": "consistency", "segments": None}, **images)).objective.segments is None
+
+
+@pytest.mark.parametrize(
     ("name", "said"),
     [
         ("DMD", "'DMD' is not known; did you mean dmd?"),
@@ -295,6 +317,13 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, content, said):
     with pytest.raises(ValueError, match=said) as error:
         load(file)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_a_config_is_told_to_name_that(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree()))
+    with pytest.raises(ValueError) as error:
+        load(tmp_path)
+    assert str(error.value) == f"{tmp_path} is a folder; name the config in it, {tmp_path / 'config.yaml'}"
 
 
 def test_a_key_is_given_once(tmp_path):

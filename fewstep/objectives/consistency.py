@@ -47,7 +47,7 @@ class Consistency(Objective):
     average: float | None = None
 
     def __post_init__(self) -> None:
-        check_grid(self.steps, self.segments or self.steps, self.solver_steps)
+        check_grid(self.steps, self.steps if self.segments is None else self.segments, self.solver_steps)
         if self.segments not in (None, 1, self.steps):
             raise ValueError(
                 f"segments: no sampler draws in {self.steps} steps with jumps to the edges of {self.segments} segments; "
