@@ -225,26 +225,38 @@ def table(found: dict[str, Any]) -> str:
 
 
 def report_runs(runs: list[Path], out: Path) -> Path:
-    """One page for several run folders. Raises ValueError for a folder without results."""
-    found, grids, curves, notes = [], [], {}, []
+    """One page for several run folders: what was measured of them, and how they were trained. Raises ValueError for a folder that
+    holds neither."""
+    found: list[dict[str, Any]] = []
+    grids: list[tuple[str, Path]] = []
+    curves: dict[str, list[dict[str, Any]]] = {}
+    notes: list[str] = []
     for folder in runs:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}; name a run")
-        files = results.places_in(folder)
-        if not files:
-            raise ValueError(f"{folder} has no {CARD}; `fewstep eval {folder} --protocol sprites` makes it")
-        last = find(folder)[1] if is_run(folder) else None
-        for file in files:
-            found.append(results.read(file))
-            if last and last.place and (why := results.stale(found[-1], last.reached(last.place))):
-                notes.append(f"{file} {why}; `fewstep eval {folder}` measures it anew")
-        for name, part in traces(folder).items():
-            pages = sorted((part / "grids").glob("*.png"))
-            grids += [(f"{name}: {page.stem}", page) for page in pages[-1:]]
-            log = part / "metrics.jsonl"
-            if log.exists():
-                curves[name] = _records(log)
+        measured = {file: results.read(file) for file in results.places_in(folder)}
+        newest = {name: sorted((part / "grids").glob("*.png"))[-1:] for name, part in traces(folder).items()}
+        drawn = [(f"{name}: {page.stem}", page) for name, pages in newest.items() for page in pages]
+        logs = {name: part / "metrics.jsonl" for name, part in traces(folder).items()}
+        logged = {name: _records(log) for name, log in logs.items() if log.exists()}
+        if not (measured or drawn or logged):
+            raise ValueError(f"{folder} holds no results, grids or curves; name a run that has begun, or what was scored")
+        found, grids, curves = [*found, *measured.values()], [*grids, *drawn], {**curves, **logged}
+        notes += _notes(folder, measured)
     return write_report(out, results=found, grids=grids, curves=curves, notes=notes)
+
+
+def _notes(folder: Path, measured: Mapping[Path, dict[str, Any]]) -> list[str]:
+    """What a reader of a folder's results should know: that there are none, or that they are of an earlier round."""
+    config, last = find(folder) if is_run(folder) else (None, None)
+    if config is not None and not measured:
+        by = "--protocol sprites" if config.teacher.path.startswith("zoo:") else "--reference FOLDER --prompts FILE"
+        return [f"Nothing is measured of {folder} yet; `fewstep eval {folder} {by}` makes its table"]
+    if last is None or last.place is None:
+        return []
+    reached = last.reached(last.place)
+    why = {file: results.stale(one, reached) for file, one in measured.items()}
+    return [f"{file} {said}; `fewstep eval {folder}` measures it anew" for file, said in why.items() if said]
 
 
 def _records(log: Path) -> list[dict[str, Any]]:

@@ -207,7 +207,7 @@ def test_what_is_no_run(refused, tmp_path):
     for verb in (("sample", "--prompt", "a star"), ("export", "--to", "there")):
         refused("is not a run folder: it has no config.yaml", verb[0], tmp_path / "nowhere", *verb[1:])
     refused("is not a fewstep export", "verify", tmp_path)
-    refused("has no results.json; `fewstep eval", "report", tmp_path)
+    refused("holds no results, grids or curves; name a run that has begun, or what was scored", "report", tmp_path)
     refused("there is no folder nowhere; name a run", "report", "nowhere")
 
 

@@ -44,10 +44,10 @@ def score(target, protocol="whole.yaml", out=None, steps=(), fresh=True):
     return evaluate(target, protocol, out=out, steps=list(steps), fresh=fresh, teacher=True)
 
 
-def trained(folder, rounds):
+def trained(folder, rounds, teacher="zoo:sprites-sd"):
     """A run folder, as far as judging looks into it: a config, and a checkpoint of a round."""
     (folder / f"checkpoints/step-{rounds:07d}").mkdir(parents=True)
-    tree = {"teacher": {"path": "zoo:sprites-sd"}, "objective": {"name": "dmd"}, "data": {"prompts": "zoo:sprites"}}
+    tree = {"teacher": {"path": teacher}, "objective": {"name": "dmd"}, "data": {"prompts": "zoo:sprites"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
 
 
@@ -242,6 +242,20 @@ def test_results_say_their_round_and_a_report_says_where_it_is_an_older_one(plac
     trained(place / "run", 12)
     text = report_runs([place / "run"], place / "report.html").read_text("utf-8")
     assert "results.json was measured at round 6, not at round 12; `fewstep eval" in text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "by"), [("zoo:sprites-sd", "--protocol sprites"), ("a/b", "--reference FOLDER --prompts FILE")]
+)
+def test_a_run_that_is_not_scored_has_a_report_of_its_training_that_says_how_it_is(tmp_path, teacher, by):
+    pytest.importorskip("matplotlib")
+    trained(tmp_path / "run", 6, teacher)
+    (tmp_path / "run/metrics.jsonl").write_text('{"round": 1, "student/loss": 2.0}\n')
+    (tmp_path / "run/grids").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "run/grids/step-0000006.png")
+    text = report_runs([tmp_path / "run"], tmp_path / "report.html").read_text("utf-8")
+    assert f"Nothing is measured of {tmp_path / 'run'} yet; `fewstep eval {tmp_path / 'run'} {by}` makes its table" in text
+    assert text.count("data:image/png") == 2 and "<table" not in text and "protocol." not in text
 
 
 def test_a_report_leaves_out_a_line_that_a_kill_cut_short(tmp_path):
