@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -161,6 +162,12 @@ def _conds_key(texts: list[str]) -> dict[str, str]:
 
 
 def _encode(teacher: Teacher, texts: list[str], batch: int, progress: bool) -> dict[str, Tensor]:
+    if teacher.family.tokens is not None:
+        counts, read = teacher.family.tokens(teacher.pipe, texts)
+        if cut := sum(n > read for n in counts):
+            warnings.warn(
+                f"{cut} of {len(texts)} prompts are longer than the {read} tokens that this teacher reads, and cut", stacklevel=2
+            )
     starts = track(range(0, len(texts), batch), "encoding prompts", len(texts), each=batch, active=progress)
     cond = cat([teacher.encode(texts[i : i + batch]).to("cpu") for i in starts])
     both = {"cond.": cond, "null.": teacher.null()}

@@ -101,6 +101,7 @@ class Family:
     no_words: from the network's config, keyword arguments that stand in for a prompt when only the pipeline's loop matters.
     guide: our scale (1 = none) as keyword arguments of the pipeline's call; renorm: what the pipeline does to a guided output
     (conditional, guided) -> guided. embedded: guidance is an input of the network, and there is no second pass.
+    tokens: (pipe, prompts) -> (how many each prompt has, how many are read), where one tokenizer alone decides.
     size, latents: see `native_size`, `latent_shape`. pack: x -> the pipeline's own `latents`; walked: x -> what its scheduler
     steps, where that is not the same. encode_pixels, decode: images
     (B, 3, H, W) in [-1, 1] to x, and back (video: (B, F, 3, H, W)). options: further fixed arguments of the call.
@@ -120,6 +121,7 @@ class Family:
     no_words: Callable[[Config], dict[str, Any]]
     guide: Callable[[float], dict[str, Any]] = lambda g: {"guidance_scale": g}
     renorm: Callable[[Tensor, Tensor], Tensor] | None = None
+    tokens: Callable[[Any, list[str]], tuple[list[int], int]] | None = None
     embedded: bool = False
     default_guidance: float = 7.5
     lora_loader: bool = True

@@ -143,8 +143,18 @@ def _z_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return -torch.stack(net(list(x.unsqueeze(2).unbind(0)), time, captions, return_dict=False)[0]).squeeze(2)
 
 
+def _z_limit(pipe: Any) -> int:
+    return min(512, pipe.tokenizer.model_max_length)
+
+
+def _z_tokens(pipe: Any, prompts: list[str]) -> tuple[list[int], int]:
+    said = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    chats = pipe.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    return [len(ids) for ids in pipe.tokenizer(chats, verbose=False).input_ids], _z_limit(pipe)
+
+
 def _z_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
-    length = min(512, pipe.tokenizer.model_max_length)
+    length = _z_limit(pipe)
     embeds, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
     padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)
     padded = nn.functional.pad(padded, (0, 0, 0, length - padded.shape[1]))
@@ -154,6 +164,7 @@ def _z_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
 ZIMAGE = Family(
     call=_z_call,
     encode=_z_encode,
+    tokens=_z_tokens,
     schedule=flow(1.0, 0.0),
     target=flow_target,
     samplers=FLOW_SAMPLERS,

@@ -41,10 +41,15 @@ def _sd_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
     return Cond({"prompt": embeds})
 
 
+def _clip_tokens(pipe: Any, prompts: list[str]) -> tuple[list[int], int]:
+    return [len(ids) for ids in pipe.tokenizer(prompts, verbose=False).input_ids], pipe.tokenizer.model_max_length
+
+
 SD = Family(
     component="unet",
     call=_sd_call,
     encode=_sd_encode,
+    tokens=_clip_tokens,
     schedule=vp,
     target=vp_target,
     samplers=VP_SAMPLERS,

@@ -1,6 +1,7 @@
 import json
 import shutil
 import tarfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -278,3 +279,20 @@ def test_progress_is_shown_only_where_it_is_wanted(teacher, images, capsys, prog
     open_source(teacher, images=images, images_needed=True, cache=None, progress=progress)
     shown = capsys.readouterr().err
     assert ("encoding prompts" in shown and "encoding images" in shown) == progress
+
+
+@pytest.mark.parametrize("name", ["sd", "zimage"])
+def test_prompts_that_the_teacher_reads_in_part_are_counted_in_one_line_and_no_others(teachers, name, tmp_path):
+    teacher, file = teachers[name], tmp_path / "prompts.txt"
+    limit = teacher.family.tokens(teacher.pipe, [""])[1]
+    (most,) = [n for n in range(limit + 1) if teacher.family.tokens(teacher.pipe, ["a" + " a" * n])[0] == [limit]]
+    fits = ["a", "a" + " a" * most]
+    for words, cut in ((fits, 0), ([*fits, *(fits[1] + " a" * n for n in (1, 200, 300))], 3)):
+        file.write_text("\n".join(words))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            open_source(teacher, prompts=str(file), images_needed=False, cache=None, batch=1)
+        said = [str(w.message) for w in caught if "prompts are longer" in str(w.message)]
+        assert said == [f"{cut} of 5 prompts are longer than the {limit} tokens that this teacher reads, and cut"] * bool(cut)
+    cond = teacher.encode(words)
+    assert same(cond[3:4], cond[4:]) and not same(cond[:1], cond[1:2])  # what is behind the limit is not seen
