@@ -64,8 +64,8 @@ def test_text_encoders_are_gone_when_training_begins_and_pictures_are_drawn_with
         assert held["vae"]() is not None, "previews need it"
         return fit(job, **options)
 
-    def opened(config):
-        study = open_study(config)
+    def opened(*asked):
+        study = open_study(*asked)
         held.update({name: weakref.ref(getattr(study.teacher.pipe, name)) for name in ("text_encoder", "vae")})
         return study
 

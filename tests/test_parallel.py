@@ -57,7 +57,9 @@ def config(teacher, weights, objective, folder, **train):
             if objective.endswith(("dmd", "phased"))
             else {"images": f"{folder}/images"},
             "train": settings,
-            "stages": [{}, {"teacher": "previous", "objective": {"conditional": False}}] if objective == "landing" else [],
+            "stages": [{}, {"teacher": "previous", "objective": {"conditional": False, "inner": {"steps": 1}}}]
+            if objective == "landing"
+            else [],
         }
     )
 

@@ -36,7 +36,8 @@ def claim(run, resume=False):
 
 
 def test_a_stored_config_holds_wherever_it_is_read(here, monkeypatch):
-    for made in (config(), config(stages=[{}, {"teacher": "previous"}])):
+    pairs = {"data": {"prompts": "words.txt", "pairs": 8}, "objective": {"name": "reflow"}}
+    for made in (config(), config(stages=[{}, {"teacher": "previous"}], **pairs)):
         stages.store(made, here / "run")
         monkeypatch.chdir("/")
         found = load(here / "run/config.yaml")
