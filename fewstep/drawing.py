@@ -15,7 +15,7 @@ from fewstep.data import read_prompts
 from fewstep.evaluation.images import MANIFEST, save_folder
 from fewstep.exported import Exported, is_export
 from fewstep.families import family_of
-from fewstep.folders import pipeline_name, teacher_folder
+from fewstep.folders import check_free, pipeline_name, teacher_folder
 
 UNASKED = 4  # pictures of a teacher that takes no prompt, where nobody says how many
 
@@ -38,9 +38,7 @@ def draw(
         prompts = [""] * (count or UNASKED)
     if not prompts:
         raise ValueError("nothing to draw; give --prompt TEXT or --prompts FILE")
-    nearest = next(place for place in (out, *out.parents) if place.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"{nearest} is a file; name a folder with --out")
+    check_free(out)
     if out.exists() and any(out.iterdir()) and not (out / "grid.png").exists():
         raise ValueError(f"{out} holds other files; name an empty folder with --out")
     stale = earlier(out)

@@ -57,3 +57,10 @@ def pipeline_name(folder: Path) -> str:
         raise ValueError(
             f"{folder / 'model_index.json'} is damaged; save the pipeline again with pipe.save_pretrained"
         ) from error
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError where a folder cannot be made, because a file is in its way."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file; name a folder with --out")

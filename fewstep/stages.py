@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep import checkpoint
 from fewstep.config import Config, differences, load
 from fewstep.experts import PhasedExperts, apart
+from fewstep.folders import check_free
 from fewstep.loraformat import fold, merge
 from fewstep.networks import Lora, Role, set_weights
 from fewstep.succession import tutor
@@ -175,9 +176,7 @@ def check_folder(config: Config, folder: Path, resume: bool) -> None:
 
     A run that has no checkpoint yet has not begun: another may take its place."""
     stored = folder / "config.yaml"
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"{nearest} is a file; name a folder with --out")
+    check_free(folder)
     if folder.exists() and any(file.name != LOCK for file in folder.iterdir()) and not stored.exists():
         raise ValueError(f"{folder} holds other files and no run; name an empty folder with --out")
     if resume and not stored.exists():

@@ -92,7 +92,7 @@ MAY_IMPORT = {
     "roles": {"adapters", "config", "experts", "networks", "pixels", "storage", "weighting"},
     "identity": {"adapters", "checkpoint", "data", "folders"},
     "walks": {"adapters", "config", "objectives", "plain"},
-    "stages": {"checkpoint", "config", "experts", "loraformat", "networks", "trainer", "succession"},
+    "stages": {"checkpoint", "folders", "config", "experts", "loraformat", "networks", "trainer", "succession"},
     "study": DENOISER
     | PARTS
     | {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Boot(Objective):
     size does not matter; the solver is of first order (the default of the paper).
     """
 
+    draws: ClassVar[bool] = False
     steps: int = 1
     sampler: str | None = None
     delta: float = 0.04
@@ -49,10 +50,6 @@ class Boot(Objective):
     @property
     def samplers(self) -> tuple[str, ...]:
         return ()
-
-    @property
-    def draws(self) -> bool:
-        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -27,6 +27,7 @@ class GuidanceDistillation(Objective):
     ImageNet). low: least time. Images (latents) are needed: x_t is made from them.
     """
 
+    draws: ClassVar[bool] = False
     steps: int = 50
     sampler: str | None = "ddim"
     guidance: tuple[float, float] = (1.0, 8.0)
@@ -43,10 +44,6 @@ class GuidanceDistillation(Objective):
     @property
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # what is learned is the field, not its ends
-
-    @property
-    def draws(self) -> bool:
-        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

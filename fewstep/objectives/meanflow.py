@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class MeanFlow(Objective):
     that predicts epsilon would be lost at its noise end.
     """
 
+    draws: ClassVar[bool] = False
     steps: int = 1
     sampler: str | None = "ddim"
     mean: float = 0.0
@@ -63,10 +64,6 @@ class MeanFlow(Objective):
     @property
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # a student that is told the end of its jump goes there itself
-
-    @property
-    def draws(self) -> bool:
-        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

@@ -31,6 +31,8 @@ class Progressive(Objective):
     """
 
     lands: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
+    local: ClassVar[bool] = True
     steps: int = 4
     sampler: str | None = "ddim"
     factor: int = 2
@@ -50,16 +52,8 @@ class Progressive(Objective):
         return ("ddim",)  # each step lands where deterministic ones of the teacher do
 
     @property
-    def local(self) -> bool:
-        return True
-
-    @property
     def asks(self) -> int:
         return self.factor * self.steps
-
-    @property
-    def draws(self) -> bool:
-        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class RCGM(Objective):
     has no ramp; at each draw the kind of jump is chosen for each sample, so that a batch may have any size.
     """
 
+    draws: ClassVar[bool] = False
     steps: int = 1
     sampler: str | None = "ddim"
     order: int = 2
@@ -51,10 +52,6 @@ class RCGM(Objective):
     @property
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # a student that is told the end of its jump goes there itself
-
-    @property
-    def draws(self) -> bool:
-        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

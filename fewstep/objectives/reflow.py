@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Reflow(Objective):
     Deviation: no perceptual term (LPIPS), since latents have none.
     """
 
+    draws: ClassVar[bool] = False
+    asks: ClassVar[int] = 0
     steps: int = 2
     sampler: str | None = None
     slope: float = 4.0
@@ -49,14 +51,6 @@ class Reflow(Objective):
     @property
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # what is learned is a velocity
-
-    @property
-    def asks(self) -> int:
-        return 0
-
-    @property
-    def draws(self) -> bool:
-        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]
@@ -81,6 +75,7 @@ class Regression(Objective):
     Deviation: the distance is not perceptual (LPIPS in InstaFlow), since latents have no such network.
     """
 
+    asks: ClassVar[int] = 0
     steps: int = 1
     sampler: str | None = None
     huber: float = 0.03
@@ -99,10 +94,6 @@ class Regression(Objective):
     @property
     def walks(self) -> bool:
         return True
-
-    @property
-    def asks(self) -> int:
-        return 0
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

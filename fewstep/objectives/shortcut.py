@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Shortcut(Objective):
     the paper's three of four; the end is told, not log2 of the length; nothing is cut at +-4, for latents have any scale.
     """
 
+    draws: ClassVar[bool] = False
     steps: int = 1
     sampler: str | None = "ddim"
     solver_steps: int = 128
@@ -62,10 +63,6 @@ class Shortcut(Objective):
     @property
     def asks(self) -> int:
         return self.solver_steps
-
-    @property
-    def draws(self) -> bool:
-        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", self.student_loss)]

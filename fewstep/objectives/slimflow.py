@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class AnnealedReflow(Objective):
     weights (see `slim.body`), not from random ones.
     """
 
+    draws: ClassVar[bool] = False
+    asks: ClassVar[int] = 0
     steps: int = 2
     sampler: str | None = None
     anneal: int = 100
@@ -50,14 +52,6 @@ class AnnealedReflow(Objective):
     @property
     def samplers(self) -> tuple[str, ...]:
         return ("ddim",)  # what is learned is a velocity
-
-    @property
-    def asks(self) -> int:
-        return 0
-
-    @property
-    def draws(self) -> bool:
-        return False
 
     def round(self, step: int) -> list[Turn]:
         return [Turn("student", partial(self.student_loss, fresh=max(0.0, 1 - step / self.anneal)))]

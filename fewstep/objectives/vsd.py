@@ -4,7 +4,7 @@ guidance, PG-SB (arXiv 2412.02687)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -31,6 +31,7 @@ class VSD(TwoTimeScale):
     critic comes first; its time is continuous in (critic_low, 1].
     """
 
+    audible: ClassVar[bool] = False
     steps: int = 1
     sampler: str | None = None
     kappa: tuple[float, float] | None = None
@@ -45,10 +46,6 @@ class VSD(TwoTimeScale):
     @property
     def needs(self) -> Needs:
         return replace(super().needs, mixes=self.kappa is not None)
-
-    @property
-    def audible(self) -> bool:
-        return False
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """sigma^2 (eps_teacher - eps_critic) = alpha sigma (x0_critic - x0_teacher): alpha sigma times `diff_instruct`'s."""
