@@ -30,13 +30,13 @@ class MeanFlow(Objective):
 
     mean, std: of ln(sigma / alpha), from which two times are drawn and sorted. instant: share of samples with r = t, where the
     student must have the teacher's own velocity. floor, power: c and p of the weight 1 / (|error|^2 + c)^p, where |error|^2 is a
-    mean over the sample (a sum in the paper, whose p is 1). whole: share of samples with the whole jump, from the noisiest time
-    to clean data, which a student of one step is deployed with. derivative: jvp, or difference (kernels without forward
+    mean over the sample (a sum in the paper, whose p is 1). derivative: jvp, or difference (kernels without forward
     differentiation). Deviations: v is the guided teacher's velocity, not eps - x0 (distillation, as FastGen's `use_cd`), so a
     student that starts as its teacher needs fewer samples at r = t than the paper's three of four, and wider times (paper:
-    -0.4, 1.0), and the whole jump, which drawn times all but never are (of flow models' 1 in 50,000 ends at clean data); the
-    network is fed r, not t - r; a network that predicts no velocity is pushed as hard at every level (`Matched.lever`), or one
-    that predicts epsilon would be lost at its noise end.
+    -0.4, 1.0), nearer to the deployed ends. These are still all but never drawn (r = 0 of flow models once in 50,000 times); to
+    draw the whole jump on purpose, a quarter of the samples, lost the student: its target is its own derivative times that jump.
+    The network is fed r, not t - r; one that predicts no velocity is pushed as hard at every level (`Matched.lever`), or one that
+    predicts epsilon would be lost at its noise end.
     """
 
     draws: ClassVar[bool] = False
@@ -45,7 +45,6 @@ class MeanFlow(Objective):
     mean: float = 0.0
     std: float = 1.6
     instant: float = 0.25
-    whole: float = 0.25
     floor: float = 1e-3
     power: float = 0.5
     derivative: Literal["jvp", "difference"] = "jvp"
@@ -53,9 +52,7 @@ class MeanFlow(Objective):
     def __post_init__(self) -> None:
         LogNormal(self.mean, self.std)
         positive(floor=self.floor)
-        part("samples", instant=self.instant, whole=self.whole)
-        if self.instant + self.whole > 1:
-            raise ValueError(f"instant and whole are shares of one whole, not {self.instant} and {self.whole}")
+        part("samples", instant=self.instant)
 
     @property
     def needs(self) -> Needs:
@@ -87,10 +84,7 @@ class MeanFlow(Objective):
         # Below the lowest level lies the clean end, where deployed trajectories arrive.
         low = torch.minimum(a, b)
         low = torch.where(low <= student.lowest, 0.0, low)
-        kind = rng.uniform(n)
-        whole = kind >= 1 - self.whole
-        r = torch.where(kind < self.instant, t, torch.where(whole, 0.0, low))
-        return torch.where(whole, student.highest, t), r
+        return t, torch.where(rng.uniform(n) < self.instant, t, low)
 
 
 def residual(

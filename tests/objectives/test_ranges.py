@@ -77,7 +77,6 @@ def test_a_student_draws_at_a_scale_that_it_is_trained_at():
         ({"name": "boot", "steps": 2}, "a student of boot draws in one step, not in 2; set its steps to 1"),
         ({"name": "adversarial", "inner": {"name": "boot", "steps": 2}}, "draws in one step, not in 2"),
         ({"name": "tcd", "huber": float("nan")}, "huber must be positive, not nan"),
-        ({"name": "meanflow", "instant": 0.6, "whole": 0.5}, "instant and whole are shares of one whole, not 0.6 and 0.5"),
         ({"name": "consistency", "average": 1.0}, "average is a share of the average's weights in .0, 1., not 1.0"),
     ],
 )
