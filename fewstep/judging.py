@@ -255,8 +255,8 @@ def _notes(folder: Path, measured: Mapping[Path, dict[str, Any]]) -> list[str]:
     if last is None or last.place is None:
         return []
     reached = last.reached(last.place)
-    why = {file: results.stale(one, reached) for file, one in measured.items()}
-    return [f"{file} {said}; `fewstep eval {folder}` measures it anew" for file, said in why.items() if said]
+    found = ((file, one, results.stale(one, reached)) for file, one in measured.items())
+    return [f"{file} {why}; {results.again(folder, one)}" for file, one, why in found if why]
 
 
 def _records(log: Path) -> list[dict[str, Any]]:

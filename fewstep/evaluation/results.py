@@ -139,6 +139,11 @@ def stale(results: Mapping[str, Any], reached: Mapping[str, int]) -> str:
     return f"was measured at {_told(measured)}, not at {_told(reached)}"
 
 
+def again(folder: Path, results: Mapping[str, Any]) -> str:
+    """What measures a run as some results did."""
+    return f"`fewstep eval {folder} --protocol {results['protocol'].get('name')}` measures it anew"
+
+
 def with_earlier(new: dict, path: Path) -> dict[str, Any]:
     """New results, and the rows of a file that they go over for what was not measured now: where both say the same round, and all
     that the protocol stands for is the same. A latency is kept on the machine that it was measured on alone."""
@@ -161,7 +166,7 @@ def measured(folder: Path, reached: Mapping[str, int]) -> dict[str, Any] | None:
     found = [(file, read(file)) for file in places_in(folder)]
     for file, one in found:
         if why := stale(one, reached):
-            warnings.warn(f"{file} {why}, and is left out of the card; `fewstep eval {folder}` measures it anew", stacklevel=3)
+            warnings.warn(f"{file} {why}, and is left out of the card; {again(folder, one)}", stacklevel=3)
     return next((one for _, one in found if not stale(one, reached)), None)
 
 

@@ -241,7 +241,10 @@ def test_results_say_their_round_and_a_report_says_where_it_is_an_older_one(plac
     assert "measures it anew" not in report_runs([place / "run"], place / "report.html").read_text("utf-8")
     trained(place / "run", 12)
     text = report_runs([place / "run"], place / "report.html").read_text("utf-8")
-    assert "results.json was measured at round 6, not at round 12; `fewstep eval" in text
+    assert (
+        "results.json was measured at round 6, not at round 12; `fewstep eval" in text
+        and "run --protocol plain` measures" in text
+    )
 
 
 @pytest.mark.parametrize(

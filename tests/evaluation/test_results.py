@@ -85,14 +85,16 @@ def test_merging_refuses_another_protocol():
     ],
 )
 def test_results_are_those_of_the_round_they_were_measured_at_alone(tmp_path, measured, reached, why):
-    found = results.new(rows(), {"hash": "a"})
+    found = results.new(rows(), {"name": "mine", "hash": "a"})
     found["environment"] |= measured
     results.write(tmp_path / "results.json", found)
     assert results.stale(found, reached) == why
     if not why:
         assert results.measured(tmp_path, reached) == found
         return
-    with pytest.warns(UserWarning, match=f"{why}, and is left out of the card; `fewstep eval .*` measures it anew"):
+    with pytest.warns(
+        UserWarning, match=f"{why}, and is left out of the card; `fewstep eval .* --protocol mine` measures it anew"
+    ):
         assert results.measured(tmp_path, reached) is None
 
 
