@@ -170,8 +170,7 @@ def _rows(
         return [*(_guided(master, guided, n, protocol) for n in TEACHER_STEPS), *lines], known, reached
     if is_export(target):
         exported = Exported(target)
-        record = exported.facts["record"]
-        return _students(exported, steps or exported.counts, protocol), {}, {k: record[k] for k in results.REACHED if k in record}
+        return _students(exported, steps or exported.counts, protocol), {}, results.reached(exported.facts["record"])
     master = load_teacher(str(target), default_device())
     denoiser = master.guided(master.net)
     return [_guided(master, denoiser, n, protocol) for n in (steps or TEACHER_STEPS)], {}, {}
@@ -234,10 +233,10 @@ def report_runs(runs: list[Path], out: Path) -> Path:
     for folder in runs:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}; name a run")
-        measured = {file: results.read(file) for file in results.places_in(folder)}
-        newest = {name: sorted((part / "grids").glob("*.png"))[-1:] for name, part in traces(folder).items()}
+        measured, parts = {file: results.read(file) for file in results.places_in(folder)}, traces(folder)
+        newest = {name: sorted((part / "grids").glob("*.png"))[-1:] for name, part in parts.items()}
         drawn = [(f"{name}: {page.stem}", page) for name, pages in newest.items() for page in pages]
-        logs = {name: part / "metrics.jsonl" for name, part in traces(folder).items()}
+        logs = {name: part / "metrics.jsonl" for name, part in parts.items()}
         logged = {name: _records(log) for name, log in logs.items() if log.exists()}
         if not (measured or drawn or logged):
             raise ValueError(f"{folder} holds no results, grids or curves; name a run that has begun, or what was scored")

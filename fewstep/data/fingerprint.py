@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,13 @@ def _local(path: str) -> Path | None:
 
 
 def _sha256(file: Path) -> str:
+    state = file.stat()
+    return _hashed(file, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _hashed(file: Path, changed: int, size: int) -> str:
+    """Weights are gigabytes, and a run asks for the same files as its teacher's, its encodings' and its samples'."""
     with file.open("rb") as raw:
         return hashlib.file_digest(raw, "sha256").hexdigest()
 

@@ -129,14 +129,19 @@ def read(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def stale(results: Mapping[str, Any], reached: Mapping[str, int]) -> str:
+def reached(told: Mapping[str, Any]) -> dict[str, int]:
+    """How far the student was trained, as an environment or an export's record tells it; empty where it does not."""
+    return {k: told[k] for k in REACHED if k in told}
+
+
+def stale(results: Mapping[str, Any], now: Mapping[str, int]) -> str:
     """What keeps results from being those of a student that is trained so far, or ""; older ones do not say, and nobody knows."""
-    measured = {k: results["environment"][k] for k in REACHED if k in results["environment"]}
-    if measured == reached:
+    then = reached(results["environment"])
+    if then == now:
         return ""
-    if not measured:
+    if not then:
         return "does not say at which round it was measured"
-    return f"was measured at {_told(measured)}, not at {_told(reached)}"
+    return f"was measured at {_told(then)}, not at {_told(now)}"
 
 
 def again(folder: Path, results: Mapping[str, Any]) -> str:
@@ -148,7 +153,7 @@ def with_earlier(new: dict, path: Path) -> dict[str, Any]:
     """New results, and the rows of a file that they go over for what was not measured now: where both say the same round, and all
     that the protocol stands for is the same. A latency is kept on the machine that it was measured on alone."""
     old = _held(path)
-    ours = {k: new["environment"][k] for k in REACHED if k in new["environment"]}
+    ours = reached(new["environment"])
     if old is None or not ours or stale(old, ours) or any(old["protocol"].get(k) != new["protocol"].get(k) for k in SAME):
         return new
     here = all(old["environment"].get(k) == new["environment"].get(k) for k in MACHINE)
@@ -157,17 +162,17 @@ def with_earlier(new: dict, path: Path) -> dict[str, Any]:
     return {**new, "rows": sorted(rows.values(), key=lambda row: MODELS.index(row["model"]))}
 
 
-def _told(reached: Mapping[str, int]) -> str:
-    return f"round {reached['round']}" + (f" of stage {reached['stage']}" if "stage" in reached else "")
+def _told(round_: Mapping[str, int]) -> str:
+    return f"round {round_['round']}" + (f" of stage {round_['stage']}" if "stage" in round_ else "")
 
 
-def measured(folder: Path, reached: Mapping[str, int]) -> dict[str, Any] | None:
+def measured(folder: Path, now: Mapping[str, int]) -> dict[str, Any] | None:
     """The results in a run's folder that are of its student as it is trained now, or None; others are left out with a warning."""
     found = [(file, read(file)) for file in places_in(folder)]
     for file, one in found:
-        if why := stale(one, reached):
+        if why := stale(one, now):
             warnings.warn(f"{file} {why}, and is left out of the card; {again(folder, one)}", stacklevel=3)
-    return next((one for _, one in found if not stale(one, reached)), None)
+    return next((one for _, one in found if not stale(one, now)), None)
 
 
 def merge(first: dict, *others: dict) -> dict[str, Any]:

@@ -86,11 +86,10 @@ class Adversarial(Wrapper):
         turns = self.inner.round(step)
         student = next(turn for turn in turns if turn.player == "student")
         own = any(turn.player == "critic" for turn in turns)  # a critic of the inner objective's
-        beside = own or self.needs.heads.backbone == "critic"
         wrapped: list[Turn] = []
         for turn in turns:
             if turn.player == "student":
-                if beside and not own:
+                if not own and self.needs.heads.backbone == "critic":
                     denoiser = Turn("critic", partial(self.denoise, student))
                     wrapped.append(Turn("critic", partial(self.critic_loss, student, denoiser), ("heads",)))
                 elif not own:
