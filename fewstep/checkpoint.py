@@ -18,7 +18,7 @@ from fewstep import origin
 FORMAT = 1
 
 
-def save(folder: Path, round_: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
+def save(folder: Path, round_: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int) -> Path:
     """Writes `folder/step-XXXXXXX` and returns it; a kill at any instant leaves the previous one whole.
 
     files: name -> tensors, one safetensors file each. state: what else is needed, JSON. Older ones beyond `keep` are removed."""

@@ -24,7 +24,7 @@ from fewstep.succession import tutor
 from fewstep.trainer import Settings
 
 # What may change when a run goes on: how long it is and how often it reports.
-RESUMABLE = ("train.rounds", "train.log_every", "train.save_every", "train.preview_every")
+RESUMABLE = ("train.rounds", "train.log_every", "train.save_every", "train.preview_every", "train.keep")
 
 # And where lies what it learns from and is taught by, if its checkpoint keeps under this key what that is (`identity`).
 MOVABLE = {"data.prompts": "data", "data.images": "data", "teacher.path": "teacher"}
@@ -35,16 +35,17 @@ APART, SEEDS = 1_000_003, 2**32  # between the seeds of stages: none sees the no
 
 @dataclass(frozen=True)
 class Stage:
-    """A fit of a run: its config, the folder it leaves its traces in, and the stages it comes after."""
+    """A fit of a run: its config, the folder it leaves its traces in, the stages it comes after; at: one of its checkpoints."""
 
     config: Config
     folder: Path
     before: tuple[Stage, ...] = ()
+    at: Path | None = None
 
     @property
     def place(self) -> Path | None:
-        """The newest checkpoint; None before the first."""
-        return checkpoint.latest(self.folder / "checkpoints")
+        """The checkpoint that it is looked at, the newest if none is named; None before the first."""
+        return self.at or checkpoint.latest(self.folder / "checkpoints")
 
     def reached(self, place: Path) -> dict[str, int]:
         """How far a checkpoint of it is trained: the round, and after other stages which one it is."""
@@ -112,12 +113,14 @@ def stages_of(config: Config, folder: Path) -> list[Stage]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run, or a stage of one."""
+    """Whether a folder is a run, or a stage or a checkpoint of one."""
     return _found(folder) is not None
 
 
 def find(folder: Path) -> tuple[Config, Stage]:
-    """The config of a run and its last stage; of a stage's folder, its own and itself. Raises ValueError for another folder."""
+    """The config of a run and its last stage; of a stage's folder, or of a checkpoint's, its own and itself.
+
+    Raises ValueError for another folder."""
     found = _found(folder)
     if found is None:
         raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
@@ -137,6 +140,9 @@ def _found(folder: Path) -> tuple[Config, Stage] | None:
         config = load(folder / "config.yaml")
         return config, stages_of(config, folder)[-1]
     stage = _named(folder)
+    if stage.parent.name == "checkpoints" and (stage / "state.json").exists():
+        owner = _found(stage.parent.parent)
+        return owner and (owner[0], replace(owner[1], at=stage))
     if stage.name.startswith("stage-") and (stage.parent / "config.yaml").exists():
         parts = stages_of(load(stage.parent / "config.yaml"), stage.parent)
         return next(((part.config, part) for part in parts if part.folder == stage), None)

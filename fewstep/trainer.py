@@ -48,10 +48,11 @@ class Settings:
     log_every: int = 10
     save_every: int = 100
     preview_every: int = 100
+    keep: int = 2  # checkpoints, the newest; each can be drawn, judged and exported by its folder
 
     def __post_init__(self) -> None:
         rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-            ("rounds batch log_every save_every preview_every", lambda x: x >= 1, "at least 1"),
+            ("rounds batch log_every save_every preview_every keep", lambda x: x >= 1, "at least 1"),
             ("lr critic_lr heads_lr clip", lambda x: x is None or 0 < x < math.inf, "positive and finite"),
             ("warmup weight_decay", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
             ("betas", lambda x: all(0 <= beta < 1 for beta in x), "two decays in [0, 1)"),
@@ -255,7 +256,7 @@ def _save(job: Job, players: Mapping[str, Player], averages: Mapping[str, Ema], 
         files[name] = player.role.weights()
         files[f"optimizer-{name}"] = player.optimizer_tensors()
     state = {"roles": list(players), "skipped": {n: float(p.skipped) for n, p in players.items()}, **job.identity}
-    checkpoint.save(job.folder / "checkpoints", done, files, state)
+    checkpoint.save(job.folder / "checkpoints", done, files, state, keep=job.settings.keep)
 
 
 def _restore(job: Job, players: Mapping[str, Player], averages: Mapping[str, Ema]) -> int:

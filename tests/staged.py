@@ -9,7 +9,7 @@ def trained(stage):
     """What a trained stage leaves: a student whose every weight has moved."""
     role = api.open_study(stage.config).roles["student"]
     left = {k: v.detach() + 0.05 * torch.randn_like(v) for k, v in role.weights().items()}
-    checkpoint.save(stage.folder / "checkpoints", 2, {"ema": left}, {})
+    checkpoint.save(stage.folder / "checkpoints", 2, {"ema": left}, {}, keep=2)
     return left
 
 

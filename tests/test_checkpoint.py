@@ -22,8 +22,8 @@ def files(value):
     }
 
 
-def write(folder, round_, **options):
-    return checkpoint.save(folder, round_, files(round_), {"roles": ["student"], "grid": [1.0, 0.5]}, **options)
+def write(folder, round_, keep=2):
+    return checkpoint.save(folder, round_, files(round_), {"roles": ["student"], "grid": [1.0, 0.5]}, keep=keep)
 
 
 def holds(place, round_):

@@ -189,6 +189,23 @@ def test_how_long_a_run_is_may_change(setup, tmp_path):
     assert api.train(setup(rounds=2), run, resume=True).place.name == "step-0000002"  # done already: nothing to do
 
 
+def test_as_many_checkpoints_are_kept_as_are_asked_for_and_each_is_a_run_of_its_round(setup, tmp_path):
+    run = tmp_path / "run"
+    api.train(setup(rounds=3, save_every=1, keep=2), run)
+    names = lambda: sorted(f.name for f in (run / "checkpoints").iterdir())  # noqa: E731
+    assert names() == ["step-0000002", "step-0000003"]
+    last = api.train(setup(rounds=5, save_every=1, keep=3), run, resume=True)
+    assert names() == ["step-0000003", "step-0000004", "step-0000005"]
+    place = run / "checkpoints" / "step-0000003"
+    third = api.Run(place)
+    assert third.config == last.config and third.place == place and last.place.name == "step-0000005"
+    stored = checkpoint.load(place)[0]["ema"]
+    assert all(torch.equal(w, stored[k]) for k, w in third.weights.items())
+    assert any((w != stored[k]).any() for k, w in last.weights.items())
+    assert (third.sample(["a red circle"]) != last.sample(["a red circle"])).any()
+    assert json.loads((third.export(tmp_path / "third") / "fewstep.json").read_text())["record"]["round"] == 3
+
+
 def test_a_damaged_checkpoint_stops_a_resume_and_its_remedy_works(setup, tmp_path):
     run = tmp_path / "run"
     api.train(setup(rounds=2, save_every=1), run)

@@ -28,7 +28,7 @@ def config(path="teachers/sd", words="words.txt", **parts):
 
 
 def trained(folder, rounds=2):
-    checkpoint.save(folder / "checkpoints", rounds, {"ema": {"w": torch.zeros(1)}}, {})
+    checkpoint.save(folder / "checkpoints", rounds, {"ema": {"w": torch.zeros(1)}}, {}, keep=2)
 
 
 def claim(run, resume=False):

@@ -63,7 +63,7 @@ def test_pairs_are_drawn_anew_for_another_tutor_and_for_no_other_reason(straight
 
     def fit(job, **_):
         moved = {k: v + job.settings.lr for k, v in job.roles["student"].weights().items()}
-        checkpoint.save(job.folder / "checkpoints", job.settings.rounds, {"ema": moved}, {})
+        checkpoint.save(job.folder / "checkpoints", job.settings.rounds, {"ema": moved}, {}, keep=2)
 
     def run(folder, **changes):
         drawn.clear()
