@@ -75,7 +75,7 @@ def _train_stage(whole: Config, stage: Stage, folder: Path, *, resume: bool) -> 
 
 
 class Run:
-    """A finished (or interrupted) run folder, or one stage of it: what can be drawn, exported and judged from it.
+    """A finished (or interrupted) run folder, or a stage or checkpoint of it: what can be drawn, exported and judged from it.
 
     The student of a run of stages is the last stage's, its teacher the one on the path."""
 
@@ -85,7 +85,7 @@ class Run:
 
     @cached_property
     def place(self) -> Path:
-        """The newest checkpoint."""
+        """The checkpoint itself, or the newest."""
         if (found := self.last.place) is None:
             raise ValueError(f"the run at {self.folder} has no checkpoint yet; `fewstep train ... --resume` goes on with it")
         return found
