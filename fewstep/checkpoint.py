@@ -50,9 +50,17 @@ def save(folder: Path, round_: int, files: Mapping[str, Mapping[str, Tensor]], s
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint; None where there is none. Raises ValueError for a folder among them that is none by its name."""
     found = sorted(folder.glob("step-*"))
-    if found and not found[-1].name.removeprefix("step-").isdigit():
-        raise ValueError(f"{found[-1]} is no checkpoint: its name ends in no number of rounds; move it elsewhere")
+    if found:
+        round_of(found[-1])
     return found[-1] if found else None
+
+
+def round_of(place: Path) -> int:
+    """The round that a checkpoint's name says. Raises ValueError for what is none by its name."""
+    number = place.name.removeprefix("step-")
+    if not number.isdigit():
+        raise ValueError(f"{place} is no checkpoint: its name ends in no number of rounds; move it elsewhere")
+    return int(number)
 
 
 def inspect(place: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Stage:
 
     def reached(self, place: Path) -> dict[str, int]:
         """How far a checkpoint of it is trained: the round, and after other stages which one it is."""
-        return {"round": int(place.name.split("-")[1]), **({"stage": len(self.before) + 1} if self.before else {})}
+        return {"round": checkpoint.round_of(place), **({"stage": len(self.before) + 1} if self.before else {})}
 
     @property
     def finished(self) -> bool:
@@ -140,7 +140,7 @@ def _found(folder: Path) -> tuple[Config, Stage] | None:
         config = load(folder / "config.yaml")
         return config, stages_of(config, folder)[-1]
     stage = _named(folder)
-    if stage.parent.name == "checkpoints" and (stage / "state.json").exists():
+    if stage.parent.name == "checkpoints" and stage.is_dir() and stage.name.startswith("step-"):
         owner = _found(stage.parent.parent)
         return owner and (owner[0], replace(owner[1], at=stage))
     if stage.name.startswith("stage-") and (stage.parent / "config.yaml").exists():

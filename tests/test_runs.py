@@ -199,6 +199,10 @@ def test_as_many_checkpoints_are_kept_as_are_asked_for_and_each_is_a_run_of_its_
     place = run / "checkpoints" / "step-0000003"
     third = api.Run(place)
     assert third.config == last.config and third.place == place and last.place.name == "step-0000005"
+    unfinished = place.with_name(".writing-77")
+    shutil.copytree(place, unfinished)
+    with pytest.raises(ValueError, match="writing-77 is not a run folder"):
+        api.Run(unfinished)
     stored = checkpoint.load(place)[0]["ema"]
     assert all(torch.equal(w, stored[k]) for k, w in third.weights.items())
     assert any((w != stored[k]).any() for k, w in last.weights.items())

@@ -249,7 +249,6 @@ def test_results_say_their_round_and_a_report_says_where_it_is_an_older_one(plac
 
 def test_a_checkpoint_is_judged_and_reported_in_its_own_folder(place, model):
     step = place / "run/checkpoints/step-0000006"
-    (step / "state.json").write_text("{}")
     found, where = score(step)
     assert where == step / "results.json" and not (place / "run/results.json").exists()
     assert [r["steps"] for r in found["rows"]] == [50, 4]
