@@ -1,4 +1,4 @@
-"""Trains and judges configs over several seeds: `python eval/distill.py CONFIG ... [--seeds 0 1 2] [--protocol sprites]`.
+"""Trains and judges configs over several seeds: `python eval/distill.py CONFIG ... [--seeds 0 1 2] [--protocol NAME]`.
 
 Writes eval/results/NAME.json: the rows of every seed (teacher rows once), and NAME.summary.json: teacher, training seconds
 (on the wall, and of processors), peak memory, passes a round, for each step count the mean, the standard deviation and the worst
@@ -22,6 +22,7 @@ from fewstep.config import TeacherConfig, load
 from fewstep.evaluation import results
 from fewstep.judging import evaluate, table
 from fewstep.stages import traces
+from fewstep.zoo import home
 
 
 def distil(
@@ -90,23 +91,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", nargs="+", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--protocol", default="sprites")
+    parser.add_argument("--protocol", help="if not given, that of the teacher's world in the zoo")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for config in args.configs:
+        settings = load(config)
         rows: list[dict[str, Any]] = []
         logs: list[list[dict[str, Any]]] = []
         for seed in args.seeds:
-            found, log = distil(config, seed, args.protocol, args.rounds, teacher=not logs)
+            found, log = distil(config, seed, args.protocol or home(settings.teacher.path), args.rounds, teacher=not logs)
             rows += [r for r in found["rows"] if r["model"] == "teacher"]
             rows += [{**r, "seed": seed} for r in found["rows"] if r["model"] == "student"]
             logs.append(log)
         merged = {**found, "rows": rows, "environment": found["environment"]}
         place = args.out / f"{config.stem}.json"
         results.write(place, merged)
-        settings = load(config)
         record = {"config": str(config), "teacher": named(settings.teacher), **costs(logs), "students": summary(rows)}
         record |= {"settings": settings.model_dump(mode="json")}
         place.with_suffix(".summary.json").write_text(json.dumps(record, indent=2) + "\n")

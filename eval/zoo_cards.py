@@ -1,4 +1,4 @@
-"""Measures the zoo's teachers and writes their cards: `python eval/zoo_cards.py NAME [--guidance G] [--protocol sprites]`.
+"""Measures the zoo's teachers and writes their cards: `python eval/zoo_cards.py NAME [--guidance G] [--protocol NAME]`.
 
 Into fewstep/zoo/models/NAME go card.json (the guidance the teacher is meant for), results.json (its rows at 50, 8, 4, 2 and 1
 steps under the protocol, with floor, one-shape accuracy, environment) and README.md, rendered from them.
@@ -13,23 +13,23 @@ import torch
 
 from fewstep.adapters import load_teacher
 from fewstep.evaluation import results
-from fewstep.evaluation.protocol import Protocol, load_protocol
+from fewstep.evaluation.protocol import Protocol, load_prompts, load_protocol
 from fewstep.evaluation.reference import reference_images
 from fewstep.judging import evaluate, table
-from fewstep.zoo import folder
+from fewstep.zoo import folder, home
 from fewstep.zoo.reading import accuracy
-from fewstep.zoo.sprites import captions
 
 STEPS = [50, 8, 4, 2, 1]
 ABOUT = {
     "sprites-sd": "Small Stable Diffusion: AutoencoderKL (8x), CLIP text encoder, epsilon-predicting UNet on 8x8x8 latents.",
     "sprites-flow": "A flow-matching transformer (ZImagePipeline) with a Qwen3 text encoder, on 16x16x4 latents.",
+    "clouds-sd": "Small Stable Diffusion: AutoencoderKL (4x), CLIP text encoder, v-predicting UNet on 16x16x4 latents, cosine.",
 }
 
 
-def reading_scores(name: str, protocol: Protocol, n: int = 1000) -> dict[str, float]:
+def reading_scores(name: str, protocol: Protocol) -> dict[str, float]:
     """Attribute accuracy of true drawings and of the autoencoder's reconstructions of them: the ceilings of every model."""
-    images, texts = reference_images("zoo:sprites", n, protocol.seed), captions(protocol.seed, n)
+    images, texts = reference_images(protocol.reference, protocol.n, protocol.seed), load_prompts(protocol)
     teacher = load_teacher(f"zoo:{name}")
     again = teacher.to_images(teacher.to_latents(images))
     return {"drawings": float(accuracy(texts, images).mean()), "reconstructions": float(accuracy(texts, again).mean())}
@@ -69,13 +69,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=sorted(ABOUT))
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--protocol", default="sprites")
+    parser.add_argument("--protocol", help="if not given, that of the teacher's world")
     args = parser.parse_args()
     torch.set_num_threads(1)
     place = folder(args.name)
     (place / "card.json").write_text(json.dumps({"guidance": args.guidance}) + "\n")
-    found, _ = evaluate(f"zoo:{args.name}", args.protocol, out=place / "results.json", steps=STEPS, fresh=True, teacher=True)
-    ceilings = reading_scores(args.name, load_protocol(args.protocol))
+    protocol = args.protocol or home(args.name)
+    found, _ = evaluate(f"zoo:{args.name}", protocol, out=place / "results.json", steps=STEPS, fresh=True, teacher=True)
+    ceilings = reading_scores(args.name, load_protocol(protocol))
     (place / "README.md").write_text(card(args.name, args.guidance, found, ceilings))
     results.read(place / "results.json")
     print(table(found))

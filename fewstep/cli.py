@@ -102,6 +102,7 @@ def train(
     from fewstep import api
     from fewstep.config import load
     from fewstep.drawing import wordless
+    from fewstep.zoo import judged
 
     folder = out or _own_folder(config)
     stored = folder / "config.yaml"
@@ -115,10 +116,9 @@ def train(
         typer.echo(f"stopped; to go on: {again if begun else 'the same command, for nothing was begun'}")
         raise typer.Exit(130) from None
     if int(os.environ.get("RANK", "0")) == 0:
-        place, zoo = quote(str(folder)), wanted.teacher.path.startswith("zoo:")
-        protocol = "--protocol sprites" if zoo else "--reference FOLDER --prompts FILE"
+        place = quote(str(folder))
         asked = "" if wordless(folder) else " --prompt '...'"
-        after = f"sample {place}{asked}", f"export {place} --to OUT", f"eval {place} {protocol}"
+        after = f"sample {place}{asked}", f"export {place} --to OUT", f"eval {place} {judged(wanted.teacher.path)}"
         said = "trained" if run.place != before else "trained already (a higher train.rounds goes on)"
         typer.echo(f"{said}: {run.place}\nnext: " + " | ".join(f"fewstep {x}" for x in after))
 

@@ -25,6 +25,7 @@ from fewstep.slim import try_out
 from fewstep.stream import stream
 from fewstep.study import Study, study_of
 from fewstep.weightless import TrueMasks, bare, pretend, quiet, weightless, weightless_teacher
+from fewstep.zoo import SOURCES
 
 A_PROMPT = "an old stone bridge over a quiet river in the light of a late summer afternoon, two boats below it, oil on canvas"
 PICTURES = 8  # of a preview
@@ -49,7 +50,7 @@ def forecast(config: Config) -> dict[str, Any]:
     prompts and images, which stay in host memory. Raises ValueError for a student that does not fit its teacher."""
     mode, data, needs = weightless(), config.data, config.objective.needs
     prompts = sorted(read_prompts(data.prompts), key=len) if data.prompts is not None else [A_PROMPT] * ENCODED_AT_ONCE
-    if data.images not in (None, "zoo:sprites"):
+    if data.images is not None and data.images not in SOURCES:
         place = Path(data.images).expanduser()
         if not place.exists() and not glob(str(place), recursive=True):
             raise ValueError(f"there are no images at {data.images}; give a folder, .tar or .parquet files, or zoo:sprites")

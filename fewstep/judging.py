@@ -35,7 +35,7 @@ from fewstep.evaluation.report import check_page, write_report
 from fewstep.exported import Exported, is_export
 from fewstep.painting import generate
 from fewstep.stages import find, is_run, traces
-from fewstep.zoo import HERE
+from fewstep.zoo import HERE, SOURCES, judged
 
 TEACHER_STEPS = (50, 1, 2, 4)
 CARD = "results.json"  # a zoo teacher's own measured rows, beside its weights
@@ -210,7 +210,7 @@ def _measure(row: Row, prompts: list[str], protocol: Protocol, known: dict[str, 
 
 
 def _floor(protocol: Protocol) -> dict[str, Any]:
-    return {"fd_floor": floor(protocol, cache=default_cache())} if protocol.reference == "zoo:sprites" else {}
+    return {"fd_floor": floor(protocol, cache=default_cache())} if protocol.reference in SOURCES else {}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -249,8 +249,7 @@ def _notes(folder: Path, measured: Mapping[Path, dict[str, Any]]) -> list[str]:
     """What a reader of a folder's results should know: that there are none, or that they are of an earlier round."""
     config, last = find(folder) if is_run(folder) else (None, None)
     if config is not None and not measured:
-        by = "--protocol sprites" if config.teacher.path.startswith("zoo:") else "--reference FOLDER --prompts FILE"
-        return [f"Nothing is measured of {folder} yet; `fewstep eval {folder} {by}` makes its table"]
+        return [f"Nothing is measured of {folder} yet; `fewstep eval {folder} {judged(config.teacher.path)}` makes its table"]
     if last is None or last.place is None:
         return []
     reached = last.reached(last.place)

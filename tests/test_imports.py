@@ -129,14 +129,14 @@ MAY_IMPORT = {
     "distillation": {"api", "config", "objectives", "plain"},
     # what the commands do; Run.evaluate, which is below, finds judging by its name when it is asked
     "plan": {"config", "weightless", "study"},
-    "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "slim", "data", "config", "study"},
+    "forecast": DENOISER | PARTS | LOOP | {"objectives", "networks", "weightless", "slim", "data", "config", "study", "zoo"},
     "drawing": {"api", "data", "evaluation", "exported", "families", "folders", "proof"},
     "judging": {"api", "adapters", "devices", "exported", "data", "denoiser", "evaluation", "painting", "stages", "zoo"},
     "listing": {"families", "objectives", "zoo"},
     "doctor": set(),
     "push": {"proof", "hub"},
     "demo": {"api", "config", "evaluation", "export", "judging", "verify"},
-    "cli": COMMANDS | {"api", "config", "verify"},
+    "cli": COMMANDS | {"api", "config", "verify", "zoo"},
     "__main__": {"cli"},
     "": {"api", "adapters", "distillation"},  # fewstep/__init__.py: its lazy public names
 }

@@ -85,7 +85,7 @@ class ImageSet:
 
 
 def read_images(source: str, *shapes: tuple[int, int], captioned: bool = True, cache: Path | None = None) -> ImageSet:
-    """The images of zoo:sprites, of a folder (png, jpg, webp, with captions in metadata.jsonl or in a .txt beside each), of
+    """The images of a world of the zoo, of a folder (png, jpg, webp, captioned in metadata.jsonl or by a .txt beside each), of
     webdataset shards (.tar) or of parquet files: a folder of them, one, or a pattern such as data/train-*.parquet.
 
     Every image is decoded once; those that cannot be are left out with a warning. shapes: the (height, width) that all are to be
@@ -93,7 +93,7 @@ def read_images(source: str, *shapes: tuple[int, int], captioned: bool = True, c
     cache: where to keep what was learned of them; the same images in the same order are the same set, however they are stored.
     Raises ValueError for a source without images, or captions, and for one of which more than half cannot be decoded."""
     if source.startswith("zoo:"):
-        return _sprites(source, cache)
+        return _drawn(source, cache)
     found, remedy = _found(source)
     files = [file for file, _ in found]
     captions = [" ".join(text.split()) for _, text in found]
@@ -128,20 +128,20 @@ def read_images(source: str, *shapes: tuple[int, int], captioned: bool = True, c
     return images
 
 
-def _sprites(source: str, cache: Path | None) -> ImageSet:
-    if source != "zoo:sprites":
-        raise ValueError(f"there are no images at {source}; the embedded world is zoo:sprites")
+def _drawn(source: str, cache: Path | None) -> ImageSet:
     from fewstep.zoo import sprites
+    from fewstep.zoo import world as named
 
+    world = named(source, "images")
     seeds = [ZOO_SEED + i for i in range(ZOO_COUNT // ZOO_CHUNK)]
     program = hashlib.blake2b(inspect.getsource(sprites).encode(), digest_size=16).hexdigest()
-    known = {"kind": "sprites", "version": 1, "program": program, "seeds": seeds, "chunk": ZOO_CHUNK}
+    known = {"kind": world, "version": 1, "program": program, "seeds": seeds, "chunk": ZOO_CHUNK}
 
     def draw() -> dict[str, Tensor]:
-        return {"pixels": torch.cat([torch.from_numpy(sprites.draw(seed, ZOO_CHUNK)[0]) for seed in seeds])}
+        return {"pixels": torch.cat([torch.from_numpy(sprites.draw(seed, ZOO_CHUNK, world)[0]) for seed in seeds])}
 
     pixels = cached(cache, known, draw)["pixels"].numpy()
-    captions = tuple(caption for seed in seeds for caption in sprites.captions(seed, ZOO_CHUNK))
+    captions = tuple(caption for seed in seeds for caption in sprites.captions(seed, ZOO_CHUNK, world))
     return ImageSet(captions, hashlib.blake2b(pixels.data, digest_size=16).hexdigest(), pixels=pixels)
 
 

@@ -16,15 +16,14 @@ ZOO_SEED, ZOO_COUNT = 50_000, 8192
 
 
 def read_prompts(source: str) -> list[str]:
-    """The prompts of zoo:sprites, or of a .txt (one a line), .jsonl or .csv file in UTF-8; blank ones are dropped.
+    """The prompts of a world of the zoo, or of a .txt (one a line), .jsonl or .csv file in UTF-8; blank ones are dropped.
 
     Raises ValueError, naming the line where there is one, for a file that cannot be read or holds none."""
     if source.startswith("zoo:"):
-        if source != "zoo:sprites":
-            raise ValueError(f"there are no prompts at {source}; the embedded world is zoo:sprites")
+        from fewstep.zoo import world
         from fewstep.zoo.sprites import captions
 
-        return captions(seed=ZOO_SEED, n=ZOO_COUNT)
+        return captions(ZOO_SEED, ZOO_COUNT, world(source, "prompts"))
     file = Path(source).expanduser()
     if file.is_dir():
         raise ValueError(f"{source} is a folder; give a .txt, .jsonl or .csv file, or name it under data.images")

@@ -20,8 +20,9 @@ from fewstep.evaluation.frechet import Moments, frechet_distance
 from fewstep.evaluation.images import check
 from fewstep.evaluation.kernel import kid
 from fewstep.evaluation.neighbours import prdc
-from fewstep.evaluation.reference import ZOO, Reference, extract, load_reference, reference_images
+from fewstep.evaluation.reference import Reference, extract, load_reference, reference_images
 from fewstep.hints import hint, read_yaml
+from fewstep.zoo import SOURCES
 
 SHIPPED = Path(__file__).parent / "protocols"
 PLACES = (Path("eval/protocols"), Path(__file__).parents[2] / "eval" / "protocols", SHIPPED)
@@ -35,15 +36,15 @@ class Protocol(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
-    # zoo:sprites, a .txt, .jsonl or .csv file, or a folder of captioned images; a folder of samples is judged without
+    # zoo:WORLD, a .txt, .jsonl or .csv file, or a folder of captioned images; a folder of samples is judged without
     prompts: str | None = None
     n: Annotated[int, Field(ge=LEAST)]
     seed: int = 0
     extractor: str = "inception"  # or inception:WEIGHTS, zoo:NAME, open_clip:FOLDER, open_clip:ARCHITECTURE:WEIGHTS
     clip: str | None = None  # an open_clip model as above, or no CLIP score
-    reference: str  # zoo:sprites, a folder, or an .npz of moments
+    reference: str  # zoo:WORLD, a folder, or an .npz of moments
     size: Annotated[int, Field(ge=8)] | None = None  # the square that a folder's images are cut to; as they are, if not given
-    accuracy: bool = False  # attribute accuracy, for the sprites world alone
+    accuracy: bool = False  # attribute accuracy, for the worlds of the zoo alone
     kid_subsets: Annotated[int, Field(ge=2)] = 100
     kid_size: Annotated[int, Field(ge=2)] = 1000
     neighbours: Annotated[int, Field(ge=1)] = 5
@@ -102,10 +103,10 @@ def load_prompts(protocol: Protocol) -> list[str]:
     """The n prompts that samples are drawn for, in order. Raises ValueError for fewer, and as `check_captions` does."""
     if protocol.prompts is None:
         raise ValueError(f"protocol {protocol.name!r} says no prompts to draw for; give --prompts FILE, or write prompts: FILE")
-    if protocol.prompts == ZOO:
+    if protocol.prompts in SOURCES:
         from fewstep.zoo.sprites import captions
 
-        return captions(protocol.seed, protocol.n)
+        return captions(protocol.seed, protocol.n, SOURCES[protocol.prompts])
     found = _read(protocol.prompts)
     if len(found) < protocol.n:
         raise ValueError(
@@ -139,7 +140,7 @@ def check_captions(prompts: Sequence[str], protocol: Protocol) -> None:
             parse(prompt)
         except ValueError as error:
             raise ValueError(
-                f"protocol {protocol.name!r} scores accuracy, which only captions of {ZOO} have, and prompt {number} is"
+                f"protocol {protocol.name!r} scores accuracy, which only captions of the zoo have, and prompt {number} is"
                 f" {prompt[:60]!r}; set accuracy: false in it, or: {OWN}"
             ) from error
 
@@ -250,10 +251,12 @@ def judge(
 def floor(protocol: Protocol, *, cache: str | Path | None = None) -> float:
     """The Frechet distance of true drawings under this very protocol: no model can be expected to score less.
 
-    Raises ValueError unless the reference is 'zoo:sprites', which alone can be drawn again.
+    Raises ValueError unless the reference is a world of the zoo, which alone can be drawn again.
     """
-    if protocol.reference != ZOO:
-        raise ValueError(f"only {ZOO} can be drawn again; for another reference, hold out some of its images and judge them")
+    if protocol.reference not in SOURCES:
+        raise ValueError(
+            f"only {', '.join(SOURCES)} can be drawn again; for another reference, hold out some of its images and judge them"
+        )
     extractor = _extractor(protocol.extractor, protocol.batch)
-    features, _ = extract(reference_images(ZOO, protocol.n, protocol.seed), extractor)
+    features, _ = extract(reference_images(protocol.reference, protocol.n, protocol.seed), extractor)
     return frechet_distance(_reference(protocol, cache).moments, Moments.of(features, extractor=extractor.id))

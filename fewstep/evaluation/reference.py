@@ -14,8 +14,7 @@ from fewstep.evaluation.features import Extractor
 from fewstep.evaluation.frechet import Moments
 from fewstep.evaluation.images import BATCH, digests, stream
 from fewstep.progress import track
-
-ZOO = "zoo:sprites"
+from fewstep.zoo import SOURCES
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,14 @@ class Reference:
 
 
 def reference_images(source: str, n: int, seed: int) -> np.ndarray:
-    """True images (n, H, W, 3) uint8: n drawings of 'zoo:sprites' from a seed, or a folder's n first by name.
+    """True images (n, H, W, 3) uint8: n drawings of a world of the zoo from a seed, or a folder's n first by name.
 
     Raises ValueError for a folder with fewer.
     """
-    if source == ZOO:
+    if source in SOURCES:
         from fewstep.zoo.sprites import draw
 
-        return draw(seed, n)[0]
+        return draw(seed, n, SOURCES[source])[0]
     found, held = [], 0
     for batch in stream(source):
         found.append(batch)
@@ -63,7 +62,7 @@ def load_reference(
     cache: str | None = None,
     key: str = "",
 ) -> Reference:
-    """The reference of a protocol: 'zoo:sprites' (n drawings from a seed), a folder (all of it) or an .npz of moments.
+    """The reference of a protocol: a world of the zoo (n drawings from a seed), a folder (all of it) or an .npz of moments.
 
     size: the square that a folder's images are cut to. cache: a folder that keeps features and moments between processes, in
     files named by `key`; cached ones of another extractor or of other pictures are computed anew. Raises ValueError for an .npz
@@ -71,15 +70,17 @@ def load_reference(
     """
     if source.endswith(".npz"):
         return Reference(Moments.load(source, extractor=extractor.id), None, None)
-    if source != ZOO and not Path(source).is_dir():
-        raise ValueError(f"the reference {source!r} is neither {ZOO}, nor a folder of images, nor an .npz of moments")
-    batches = partial(stream, source, size) if source != ZOO else lambda: [reference_images(source, n, seed)]
+    if source not in SOURCES and not Path(source).is_dir():
+        raise ValueError(
+            f"the reference {source!r} is neither {', '.join(SOURCES)}, nor a folder of images, nor an .npz of moments"
+        )
+    batches = partial(stream, source, size) if source not in SOURCES else lambda: [reference_images(source, n, seed)]
     hashes = np.concatenate([digests(batch) for batch in batches()])
     source_sha = hashlib.sha256(hashes.tobytes()).hexdigest()
     kept = Path(cache) / f"reference-{key}.safetensors" if cache else None
     features = _kept(kept, extractor.id, source_sha) if kept else None
     if features is None:
-        told = track(batches(), f"features of {source}", len(hashes), each=BATCH, active=source != ZOO)
+        told = track(batches(), f"features of {source}", len(hashes), each=BATCH, active=source not in SOURCES)
         features = np.concatenate([extract(batch, extractor)[0] for batch in told])
         if kept:
             _keep(kept, features, extractor.id, source_sha)

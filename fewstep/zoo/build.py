@@ -1,7 +1,7 @@
-"""Makes the zoo from nothing: `python -m fewstep.zoo.build [STAGE ...] [--work DIR]`, seeded, resumable, about four CPU-hours.
+"""Makes the zoo from nothing: `python -m fewstep.zoo.build [STAGE ...] [--work DIR]`, seeded, resumable, about nine CPU-hours.
 
-Stages, each of which continues where it was stopped: sprites-clip, sprites-sd, sprites-flow, and ship, which replaces what the
-package holds of the others named.
+Stages, each of which continues where it was stopped: sprites-clip, clouds-clip, sprites-sd, sprites-flow, clouds-sd, and ship,
+which replaces what the package holds of the others named. What lives in clouds starts from what is shipped of sprites.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep import swap
-from fewstep.zoo import HERE, teachers
+from fewstep.zoo import HERE, JUDGES, home, teachers
 from fewstep.zoo import clip as clips
 from fewstep.zoo import vae as vaes
 from fewstep.zoo.grammar import Pupil
@@ -26,49 +27,58 @@ from fewstep.zoo.training import train
 
 POOL_SEEDS, POOL_CHUNK = tuple(range(1000, 1015)), 4000  # 60,000 drawings
 VAE_STEPS, VAE_BATCH, VAE_LR = {8: 9000, 4: 3000}, 16, 2e-3
+VAE_STEPS_MORE, VAE_LR_MORE = 2000, 1e-3  # of an autoencoder that starts as another world's
 CLIP_STEPS, CLIP_BATCH = 1000, 256
-TEACHER_STEPS = {"sprites-sd": 12000, "sprites-flow": 11000}
-TEACHER_BATCH, TEACHER_LR = 64, 2e-3
-TEXT_STEPS, TEXT_BATCH = 800, 128
+TEACHER_BATCH = 64
+TEXT_STEPS, TEXT_BATCH, TEXT_LR = 800, 128, 2e-3
 CARD = ("README.md", "card.json", "results.json")  # eval/zoo_cards.py writes them
 
 
-def pool(work: Path) -> np.ndarray:
-    """The training drawings (60000, 64, 64, 3) uint8, memory-mapped."""
-    file = work / "pool.npy"
+def pool(place: Path) -> np.ndarray:
+    """The training drawings (60000, 64, 64, 3) uint8 of the world that the folder `place` is named after, memory-mapped."""
+    file = place / "pool.npy"
     if not file.exists():
-        scratch = work / "pool.tmp.npy"
-        np.save(scratch, np.concatenate([draw(seed, POOL_CHUNK)[0] for seed in POOL_SEEDS]))
+        scratch = place / "pool.tmp.npy"
+        np.save(scratch, np.concatenate([draw(seed, POOL_CHUNK, place.name)[0] for seed in POOL_SEEDS]))
         os.replace(scratch, file)
     return np.load(file, mmap_mode="r")
 
 
-def pool_captions(*, texture: bool = False) -> list[str]:
+def pool_captions(world: str, *, texture: bool = False) -> list[str]:
     """The captions of the pool, in its order."""
-    return [caption(s, texture=texture) for seed in POOL_SEEDS for s in scenes(seed, POOL_CHUNK)[0]]
+    return [caption(s, texture=texture) for seed in POOL_SEEDS for s in scenes(seed, POOL_CHUNK, world)[0]]
 
 
-def build_vae(work: Path, factor: int):
-    """The autoencoder that divides sides by factor, trained and standardised."""
+def shipped(name: str, part: str, module: torch.nn.Module) -> None:
+    """Gives a module the weights of the same part of a shipped teacher."""
+    for file in (HERE / name / part).glob("*.safetensors"):
+        module.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+
+
+def build_vae(place: Path, factor: int, begun: str | None):
+    """The autoencoder that divides sides by factor, trained and standardised; begun: the teacher whose it starts as."""
     torch.manual_seed(0)
-    images, vae = pool(work), vaes.make(factor)
+    images, vae = pool(place), vaes.make(factor)
+    if begun:
+        shipped(begun, "vae", vae)
+    steps, lr = (VAE_STEPS_MORE, VAE_LR_MORE) if begun else (VAE_STEPS[factor], VAE_LR)
 
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(images), (VAE_BATCH,), generator=rng).numpy()
         return vaes.reconstruction_loss(vae, images[rows], rng)
 
-    train(f"vae{factor}", vae, loss, folder=work, steps=VAE_STEPS[factor], lr=VAE_LR, average=0.998)
+    train(f"vae{factor}", vae, loss, folder=place, steps=steps, lr=lr, average=0.998)
     mean, std = vaes.encode(vae, images[:2000])
     total = (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt()
     vaes.standardise(vae, mean.mean((0, 2, 3)), total)
     return vae.requires_grad_(False).eval()
 
 
-def latents(work: Path, vae, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+def latents(place: Path, vae, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and deviation of the pool, (60000, C, 64 / factor, 64 / factor) each."""
-    file = work / f"latents{factor}.safetensors"
+    file = place / f"latents{factor}.safetensors"
     if not file.exists():
-        images = pool(work)
+        images = pool(place)
         parts = [vaes.encode(vae, images[i : i + 2000]) for i in range(0, len(images), 2000)]
         scratch = file.with_suffix(".tmp")
         save_file({"mean": torch.cat([p[0] for p in parts]), "std": torch.cat([p[1] for p in parts])}, scratch)
@@ -77,30 +87,37 @@ def latents(work: Path, vae, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
     return stored["mean"], stored["std"]
 
 
-def build_teacher(name: str, work: Path):
+def build_teacher(name: str, place: Path):
     """A trained pipeline of the zoo on the latents of the pool."""
-    make, trainee, factor = teachers.TEACHERS[name]
-    vae = build_vae(work, factor)
-    mean, std = latents(work, vae, factor)
+    recipe = teachers.TEACHERS[name]
+    vae = build_vae(place, recipe.factor, recipe.begun.get("vae"))
+    mean, std = latents(place, vae, recipe.factor)
     torch.manual_seed(1)
-    pipe = make(vae)
-    module: Any = trainee(pipe, pool_captions())
-    pupil = Pupil(module.text, teachers.TEXT_WIDTH, module.asked)
+    pipe = recipe.make(vae, mean.shape[-1], **recipe.noise)
+    for part, of in recipe.begun.items():
+        if part != "vae":
+            shipped(of, part, getattr(pipe, part))
+    module: Any = recipe.trainee(pipe, pool_captions(home(name)))
 
-    def reading(step: int, rng: torch.Generator) -> torch.Tensor:
-        rows = 1 + torch.randint(len(mean), (TEXT_BATCH,), generator=rng)
-        return pupil.loss(module.hidden(rows), rows)
+    if "text_encoder" not in recipe.begun:
+        pupil = Pupil(module.text, teachers.TEXT_WIDTH, module.asked)
 
-    train(f"{name}-text", pupil, reading, folder=work, steps=TEXT_STEPS, lr=TEACHER_LR)
+        def reading(step: int, rng: torch.Generator) -> torch.Tensor:
+            rows = 1 + torch.randint(len(mean), (TEXT_BATCH,), generator=rng)
+            return pupil.loss(module.hidden(rows), rows)
+
+        train(f"{name}-text", pupil, reading, folder=place, steps=TEXT_STEPS, lr=TEXT_LR)
     module.text.requires_grad_(False)  # as Stable Diffusion's is: a denoiser's first, blind gradients would unteach it
 
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:
         at = torch.randint(len(mean), (TEACHER_BATCH,), generator=rng)
         x0 = mean[at] + std[at] * torch.randn(mean[at].shape, generator=rng)
         kept = torch.rand(TEACHER_BATCH, generator=rng) >= teachers.DROPOUT
-        return module.loss(x0, (at + 1) * kept, rng)
+        # Fused attention on the CPU is slow backwards in bfloat16: six tenths of a step.
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16), sdpa_kernel(SDPBackend.MATH):
+            return module.loss(x0, (at + 1) * kept, rng)
 
-    train(name, module, loss, folder=work, steps=TEACHER_STEPS[name], lr=TEACHER_LR, weight_decay=1e-3, warmup=200, average=0.999)
+    train(name, module, loss, folder=place, steps=recipe.steps, lr=recipe.lr, weight_decay=1e-3, warmup=200, average=0.999)
     return pipe
 
 
@@ -117,7 +134,7 @@ def ship(pipe, name: str) -> None:
     print(f"{name} is shipped; `python eval/zoo_cards.py {name}` measures its card anew", flush=True)
 
 
-STAGES = ["sprites-clip", *teachers.TEACHERS, "ship"]
+STAGES = [*JUDGES, *teachers.TEACHERS, "ship"]
 
 
 def main() -> None:
@@ -129,17 +146,17 @@ def main() -> None:
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"there is no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    pool(args.work)
-    if "sprites-clip" in args.stages:
-        texts = (pool_captions(), pool_captions(texture=True))
-        model = clips.train_clip(args.work / "clip", steps=CLIP_STEPS, batch=CLIP_BATCH, images=pool(args.work), captions=texts)
-        if "ship" in args.stages:
-            with swap.written(HERE / "sprites-clip") as part:
-                clips.save(model, part)
-    for name in teachers.TEACHERS:
-        if name in args.stages:
-            pipe = build_teacher(name, args.work)
+    for name in (stage for stage in STAGES[:-1] if stage in args.stages):
+        place = args.work / home(name)
+        place.mkdir(parents=True, exist_ok=True)
+        if name in JUDGES:
+            texts = (pool_captions(place.name), pool_captions(place.name, texture=True))
+            model = clips.train_clip(place / "clip", steps=CLIP_STEPS, batch=CLIP_BATCH, images=pool(place), captions=texts)
+            if "ship" in args.stages:
+                with swap.written(HERE / name) as part:
+                    clips.save(model, part)
+        else:
+            pipe = build_teacher(name, place)
             if "ship" in args.stages:
                 ship(pipe, name)
 

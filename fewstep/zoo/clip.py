@@ -14,7 +14,7 @@ from fewstep.zoo.sprites import SIDE
 from fewstep.zoo.training import train
 from fewstep.zoo.words import clip_tokenizer
 
-_CONTEXT = 24
+_CONTEXT = 26  # tokens of the longest caption that states textures and sky
 _MEAN, _STD = 0.48, 0.30
 # Most noise a training image gets, of a range of 1: drawings have none, and a tower that never saw any puts noise of 10/255
 # at six times the Frechet distance of a world of circles alone (7,589 to 1,334).

@@ -26,11 +26,13 @@ COLOURS = {
     "purple": (0.62, 0.18, 0.74),
 }
 BACKGROUNDS = {"white": 0.94, "grey": 0.52, "black": 0.08}
+SKIES = {"plain": 0.0, "hazy": 0.035, "cloudy": 0.055, "stormy": 0.085, "wild": 0.13}  # deviation of a ground's brightness
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Radius of the disc of equal area, in pixels: size is then readable from area whatever the shape.
 RADII = {"small": (6.0, 7.5), "large": (9.8, 12.0)}
 # Farthest point of each shape from its centre, over the radius of the disc of equal area.
 _EXTENT = np.array([1.0, 1.253, 1.555, 1.541, 1.253])
+_DRIFT = 2.2  # pixels; standard deviation of the blur that makes clouds of white noise
 _COUNT_LAW = (0.40, 0.40, 0.20)
 # |dx| must exceed |dy| by this factor before "left of" is said: nearer the diagonal people disagree.
 DOMINANCE = 1.3
@@ -50,10 +52,28 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """What a picture shows; sky is "" where unknown, or where a world has none."""
 
     sprites: tuple[Sprite, ...]
     background: str
+    sky: str = ""
+
+
+@dataclass(frozen=True)
+class World:
+    """A law of drawings: by how much sprites are turned (radians to either side), how bright grounds are, and whether skies
+    lie on them."""
+
+    turn: float
+    levels: tuple[float, float, float]
+    skies: bool
+
+
+WORLDS = {
+    "sprites": World(turn=np.pi, levels=(0.94, 0.52, 0.08), skies=False),
+    # Clouds are a Gaussian field, whose contrast a sampler of few steps loses as it loses the detail of photographs.
+    "clouds": World(turn=0.25, levels=(0.84, 0.50, 0.15), skies=True),
+}
 
 
 def relation(a: Sprite, b: Sprite) -> str | None:
@@ -80,7 +100,8 @@ def caption(scene: Scene, *, texture: bool = False) -> str:
         text = f"{text} {joint} {names[1]}"
     if len(names) > 2:
         text = f"{text} and {names[2]}"
-    return f"{text} on a {scene.background} background"
+    sky = f"{scene.sky} " if texture and scene.sky else ""
+    return f"{text} on a {sky}{scene.background} background"
 
 
 _NOUN = re.compile(rf"a ({'|'.join(SIZES)}) (?:(?:{'|'.join(TEXTURES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
@@ -104,13 +125,14 @@ def parse(text: str) -> Claim:
     if len(found) > 1:
         between = text[found[0].end() : found[1].start()].strip()
         joint = between if between in RELATIONS else None
-    ground = re.search(rf"on a ({'|'.join(BACKGROUNDS)}) background", text)
+    ground = re.search(rf"on a (?:(?:{'|'.join(SKIES)}) )?({'|'.join(BACKGROUNDS)}) background", text)
     nouns = tuple((m.group(1), m.group(2), m.group(3)) for m in found)
     return Claim(nouns=nouns, relation=joint, background=ground.group(1) if ground else None)
 
 
-def scenes(seed: int, n: int) -> tuple[list[Scene], dict[str, np.ndarray]]:
-    """`n` random scenes and the numbers that draw them (arrays with a leading axis of n). Depends on (seed, n) alone."""
+def scenes(seed: int, n: int, world: str = "sprites") -> tuple[list[Scene], dict[str, np.ndarray]]:
+    """`n` random scenes and the numbers that draw them (arrays with a leading axis of n). Depends on (seed, n, world) alone."""
+    law = WORLDS[world]
     rng = np.random.default_rng(seed)
     p: dict[str, np.ndarray] = {}
     p["count"] = rng.choice(3, size=n, p=_COUNT_LAW) + 1
@@ -121,7 +143,7 @@ def scenes(seed: int, n: int) -> tuple[list[Scene], dict[str, np.ndarray]]:
     lo, hi = (np.array([RADII[s][k] for s in SIZES])[size] for k in (0, 1))
     p["radius"] = lo + (hi - lo) * rng.random((n, 3))
     p["aspect"] = np.exp(rng.uniform(-0.2, 0.2, (n, 3)))
-    p["angle"] = rng.uniform(0, 2 * np.pi, (n, 3))
+    p["angle"] = rng.uniform(0, 2 * np.pi, (n, 3)) * (law.turn / np.pi) + (np.pi - law.turn)
     p["texture"] = rng.integers(len(TEXTURES), size=(n, 3))
     p["period"] = rng.uniform(5.0, 8.0, (n, 3))
     p["phase"] = rng.uniform(0, 2 * np.pi, (n, 3, 3))
@@ -132,6 +154,9 @@ def scenes(seed: int, n: int) -> tuple[list[Scene], dict[str, np.ndarray]]:
     reach = p["radius"] * _EXTENT[p["shape"]] * np.sqrt(np.maximum(p["aspect"], 1 / p["aspect"]))
     p["centre"], fits = _place(rng, reach, p["count"])
     p["count"] = np.where(fits, p["count"], 1)
+    p["level"] = np.array(law.levels, np.float32)[p["ground"]]
+    if law.skies:
+        p["sky"], p["weather"] = rng.integers(len(SKIES), size=n), rng.integers(2**63, size=n)
     names = (SIZES, tuple(COLOURS), SHAPES, TEXTURES)
     found = []
     for i in range(n):
@@ -146,7 +171,8 @@ def scenes(seed: int, n: int) -> tuple[list[Scene], dict[str, np.ndarray]]:
             )
             for k in range(p["count"][i])
         )
-        found.append(Scene(sprites, tuple(BACKGROUNDS)[p["ground"][i]]))
+        sky = tuple(SKIES)[p["sky"][i]] if law.skies else ""
+        found.append(Scene(sprites, tuple(BACKGROUNDS)[p["ground"][i]], sky))
     return found, p
 
 
@@ -187,10 +213,11 @@ def paint(p: dict[str, np.ndarray]) -> np.ndarray:
     """Images (n, 64, 64, 3) uint8 of the scenes that `scenes` described."""
     n = len(p["count"])
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
-    level = np.array(list(BACKGROUNDS.values()), np.float32)[p["ground"]]
     slope = p["slope"][:, 0, None, None] * (x / SIDE - 0.5) + p["slope"][:, 1, None, None] * (y / SIDE - 0.5)
-    image = (level[:, None] + p["tint"])[:, None, None, :] + slope[..., None]
+    image = (p["level"][:, None] + p["tint"])[:, None, None, :] + slope[..., None]
     image = image.astype(np.float32)
+    if "sky" in p:
+        image += (np.array(list(SKIES.values()), np.float32)[p["sky"], None, None] * _clouds(p["weather"]))[..., None]
     palette = np.array(list(COLOURS.values()), np.float32)
     for k in range(3):
         for shape in range(len(SHAPES)):
@@ -213,6 +240,15 @@ def paint(p: dict[str, np.ndarray]) -> np.ndarray:
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+def _clouds(seeds: np.ndarray) -> np.ndarray:
+    """Periodic Gaussian fields (n, 64, 64) of deviation 1, correlated over about five pixels."""
+    wave = np.fft.fftfreq(SIDE)
+    blur = np.exp(-0.5 * (2 * np.pi * _DRIFT) ** 2 * (wave[:, None] ** 2 + wave[None, :] ** 2))
+    blur /= np.sqrt((blur**2).mean())
+    white = np.stack([np.random.default_rng(seed).standard_normal((SIDE, SIDE)) for seed in seeds])
+    return np.fft.ifft2(np.fft.fft2(white) * blur).real.astype(np.float32)
+
+
 def _weave(texture: np.ndarray, dx: np.ndarray, dy: np.ndarray, q: dict[str, np.ndarray]) -> np.ndarray:
     """Brightness factor in [0.55, 1] of each pixel: flat, bands, or a lattice of dots."""
     turn, wave = q["phase"][:, 0, None, None], (2 * np.pi / q["period"])[:, None, None]
@@ -223,12 +259,12 @@ def _weave(texture: np.ndarray, dx: np.ndarray, dy: np.ndarray, q: dict[str, np.
     return 1 - 0.45 * dark
 
 
-def draw(seed: int, n: int) -> tuple[np.ndarray, list[str]]:
-    """`n` images (n, 64, 64, 3) uint8 and their captions; the same for the same (seed, n)."""
-    found, numbers = scenes(seed, n)
+def draw(seed: int, n: int, world: str = "sprites") -> tuple[np.ndarray, list[str]]:
+    """`n` images (n, 64, 64, 3) uint8 of a world and their captions; the same for the same arguments."""
+    found, numbers = scenes(seed, n, world)
     return paint(numbers), [caption(s) for s in found]
 
 
-def captions(seed: int, n: int) -> list[str]:
-    """The captions that `draw(seed, n)` gives, without the drawing."""
-    return [caption(s) for s in scenes(seed, n)[0]]
+def captions(seed: int, n: int, world: str = "sprites") -> list[str]:
+    """The captions that `draw(seed, n, world)` gives, without the drawing."""
+    return [caption(s) for s in scenes(seed, n, world)[0]]

@@ -1,7 +1,9 @@
-"""The zoo's two teachers, untrained: a StableDiffusionPipeline and a flow-matching ZImagePipeline on the same latents."""
+"""The zoo's teachers, untrained: Stable Diffusion pipelines, and a flow-matching ZImagePipeline."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,8 +30,13 @@ TEXT_WIDTH = 64
 DROPOUT = 0.1  # share of captions replaced by "", so that guidance has something to push away from
 
 
-def sprites_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
-    """Epsilon-predicting UNet with cross-attention (about 1.8 M parameters) and a two-layer CLIP text encoder."""
+WIDTHS = {8: (48, 80), 16: (48, 96)}  # of the UNet's two levels, by the side of the latents
+
+
+def stable_diffusion(vae: AutoencoderKL, side: int, **noise: Any) -> StableDiffusionPipeline:
+    """UNet of about 2 M parameters, with attention at 8x8 and below, and a two-layer CLIP text encoder.
+
+    noise: what its scheduler has otherwise than Stable Diffusion 1's, which predicts epsilon."""
     tokenizer = clip_tokenizer()
     end = tokenizer.eos_token_id
     text = CLIPTextModel(
@@ -46,22 +53,22 @@ def sprites_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
             pad_token_id=end,
         )
     )
+    outer = "CrossAttn" if side <= 8 else ""
     unet = UNet2DConditionModel(
-        sample_size=8,
+        sample_size=side,
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
-        block_out_channels=(48, 80),
+        block_out_channels=WIDTHS[side],
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=(f"{outer}DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", f"{outer}UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
     )
+    usual = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        **usual | noise,
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="trailing",
@@ -70,7 +77,7 @@ def sprites_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
 
 
-def sprites_flow(vae: AutoencoderKL) -> ZImagePipeline:
+def z_image(vae: AutoencoderKL, side: int) -> ZImagePipeline:
     """Flow-matching single-stream transformer (about 1.2 M parameters) and a small Qwen3 text encoder."""
     tokenizer = qwen_tokenizer()
     text = Qwen3Model(
@@ -102,14 +109,14 @@ def sprites_flow(vae: AutoencoderKL) -> ZImagePipeline:
     return ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=1.0), vae, text, tokenizer, transformer)
 
 
-class SpritesSD(nn.Module):
-    """What is trained of `sprites_sd`: the text encoder (to read, `fewstep.zoo.grammar`), then the UNet."""
+class StableDiffusion(nn.Module):
+    """What is trained of `stable_diffusion`: the text encoder (to read, `fewstep.zoo.grammar`), then the UNet."""
 
     def __init__(self, pipe: StableDiffusionPipeline, captions: list[str]) -> None:
         super().__init__()
         self.net, self.text = pipe.unet, pipe.text_encoder
         family = FAMILIES["StableDiffusionPipeline"]
-        self.denoiser = Denoiser(self.net, family.schedule(pipe.scheduler), "epsilon", family.call)
+        self.denoiser = Denoiser(self.net, family.schedule(pipe.scheduler), pipe.scheduler.config.prediction_type, family.call)
         tokens = pipe.tokenizer(["", *captions], padding="max_length", truncation=True, return_tensors="pt")
         self.tokens = tokens.input_ids
         self.asked = asked(pipe.tokenizer, captions, self.tokens)
@@ -123,11 +130,13 @@ class SpritesSD(nn.Module):
         return Cond({"prompt": self.hidden(rows)})
 
     def loss(self, x0: Tensor, rows: Tensor, rng: torch.Generator) -> Tensor:
-        """Noise regression with the weight of `weight`: clean times would dominate a short training, and noisy ones, where
-        places and relations are decided, would hardly count."""
+        """Regression of v, or of noise with the weight of `weight`: clean times would dominate a short training, and noisy ones,
+        where places and relations are decided, would hardly count."""
         t = torch.rand(len(x0), generator=rng, dtype=torch.float64).clamp_min(1e-3)
         eps = torch.randn(x0.shape, generator=rng)
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, self.cond(rows))
+        if self.denoiser.target == "v_prediction":
+            return F.mse_loss(prediction.v, self.denoiser.aim(x0, eps, t))
         return ((prediction.eps - eps).square().flatten(1).mean(1) * weight(self.denoiser.schedule, t)).mean()
 
 
@@ -146,8 +155,8 @@ def asked(tokenizer: Any, captions: list[str], tokens: Tensor) -> Tensor:
     return torch.tensor([answers(text, [words[i] for i in row]) for text, row in rows], dtype=torch.int8)
 
 
-class SpritesFlow(nn.Module):
-    """What is trained of `sprites_flow`: the text encoder (to read, `fewstep.zoo.grammar`), then the transformer."""
+class ZImage(nn.Module):
+    """What is trained of `z_image`: the text encoder (to read, `fewstep.zoo.grammar`), then the transformer."""
 
     def __init__(self, pipe: ZImagePipeline, captions: list[str]) -> None:
         super().__init__()
@@ -176,5 +185,39 @@ class SpritesFlow(nn.Module):
         return F.mse_loss(prediction.velocity, eps - x0)
 
 
-# Each pipeline, what is trained of it, and by what its autoencoder divides sides.
-TEACHERS = {"sprites-sd": (sprites_sd, SpritesSD, 8), "sprites-flow": (sprites_flow, SpritesFlow, 4)}
+@dataclass(frozen=True)
+class Recipe:
+    """How a teacher is made: its untrained pipeline, what is trained of it, by what its autoencoder divides sides, for how many
+    steps, at which learning rate, and whether in bfloat16.
+
+    begun: parts that start as those of another teacher of the zoo; a text encoder that does stays as it is. noise: settings of
+    its scheduler."""
+
+    make: Callable[[AutoencoderKL, int], Any]
+    trainee: Callable[[Any, list[str]], Any]
+    factor: int
+    steps: int
+    lr: float = 2e-3
+    bf16: bool = False
+    begun: Mapping[str, str] = field(default_factory=dict)
+    noise: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Stable Diffusion's schedule is for 64x64 latents: 16x16 of them are decided at a quarter of the noise, and four of its steps are
+# nearly as good as fifty. So clouds-sd has the cosine schedule (Nichol and Dhariwal 2021, section 3.2), made for small pictures.
+# What is shipped of it was trained in three legs: 5,000 steps with epsilon and Stable Diffusion's schedule, which taught it
+# shapes, then 3,600 and 10,000 as below; that as many of one kind do as well was not tried.
+TEACHERS = {
+    "sprites-sd": Recipe(stable_diffusion, StableDiffusion, 8, 12000),
+    "sprites-flow": Recipe(z_image, ZImage, 4, 11000),
+    "clouds-sd": Recipe(
+        stable_diffusion,
+        StableDiffusion,
+        4,
+        18600,
+        1.5e-3,
+        bf16=True,
+        begun={"vae": "sprites-flow", "text_encoder": "sprites-sd"},
+        noise={"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+    ),
+}

@@ -7,11 +7,11 @@ from itertools import pairwise
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, Qwen2Tokenizer
 
-from fewstep.zoo.sprites import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, TEXTURES
+from fewstep.zoo.sprites import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, SKIES, TEXTURES
 
 WORDS = tuple(
     dict.fromkeys(
-        ("a", "and", "on", "background", *SIZES, *TEXTURES, *COLOURS, *SHAPES, *BACKGROUNDS, *" ".join(RELATIONS).split())
+        ("a", "and", "on", "background", *SIZES, *TEXTURES, *COLOURS, *SHAPES, *BACKGROUNDS, *SKIES, *" ".join(RELATIONS).split())
     )
 )
 _CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>"
@@ -45,7 +45,7 @@ def _vocabulary(alphabet: list[str], merges: list[tuple[str, str]], specials: li
 
 
 def clip_tokenizer(max_length: int = 24) -> CLIPTokenizer:
-    """A CLIP tokenizer; the longest caption with textures takes exactly 24 tokens, and <|endoftext|> has the largest id."""
+    """A CLIP tokenizer; the longest caption with textures takes 24 tokens, and <|endoftext|> has the largest id."""
     merges = _merges([[*word[:-1], word[-1] + "</w>"] for word in WORDS])
     letters = sorted(ByteLevel.alphabet())
     specials = ["<|startoftext|>", "<|endoftext|>"]

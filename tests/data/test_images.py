@@ -257,7 +257,7 @@ def test_a_source_that_is_no_folder_of_images_is_said_with_the_remedy(tmp_path):
         read_images(str(tmp_path / "gone"), SIZE)
     with pytest.raises(ValueError, match="holds no images; put .png, .*files there"):
         read_images(str(tmp_path), SIZE)
-    with pytest.raises(ValueError, match="no images at zoo:cats; the embedded world is zoo:sprites"):
+    with pytest.raises(ValueError, match="no images at zoo:cats; the embedded worlds are zoo:sprites and zoo:clouds"):
         read_images("zoo:cats", SIZE)
 
 

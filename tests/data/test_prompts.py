@@ -35,8 +35,9 @@ def test_a_line_separator_inside_a_prompt_does_not_split_it(tmp_path):
 
 
 def test_zoo_prompts_are_the_captions_of_their_seed(monkeypatch):
-    monkeypatch.setattr(sprites, "captions", lambda seed, n: [f"{n} captions of seed {seed}"])
-    assert read_prompts("zoo:sprites") == ["8192 captions of seed 50000"]
+    monkeypatch.setattr(sprites, "captions", lambda seed, n, world: [f"{n} captions of {world}, seed {seed}"])
+    assert read_prompts("zoo:sprites") == ["8192 captions of sprites, seed 50000"]
+    assert read_prompts("zoo:clouds") == ["8192 captions of clouds, seed 50000"]
 
 
 @pytest.mark.parametrize(
@@ -71,5 +72,5 @@ def test_a_source_that_is_no_file_is_said_with_the_remedy(tmp_path):
         read_prompts(str(tmp_path / "gone.txt"))
     with pytest.raises(ValueError, match="is a folder; .*data.images"):
         read_prompts(str(tmp_path))
-    with pytest.raises(ValueError, match="no prompts at zoo:cats; the embedded world is zoo:sprites"):
+    with pytest.raises(ValueError, match="no prompts at zoo:cats; the embedded worlds are zoo:sprites and zoo:clouds"):
         read_prompts("zoo:cats")

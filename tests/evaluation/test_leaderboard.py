@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.config import differences, load, parse
+from fewstep.zoo import WORLDS
 
 EVAL = Path(__file__).parents[2] / "eval"
 
@@ -55,7 +56,9 @@ def test_the_heads_of_the_configs_say_what_the_results_say():
     subprocess.run([sys.executable, str(EVAL / "headers.py"), "--check"], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("summary", sorted((EVAL / "results").glob("sprites-*.summary.json")), ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "summary", [f for world in WORLDS for f in sorted((EVAL / "results").glob(f"{world}-*.summary.json"))], ids=lambda f: f.name
+)
 def test_what_was_measured_is_the_config_that_ships(summary):
     found = json.loads(summary.read_text())
     assert differences(parse(found["settings"]), load(EVAL.parent / found["config"])) == []

@@ -73,7 +73,7 @@ def test_a_faulty_protocol_is_refused_by_name(written, text, says):
 def test_an_unknown_protocol_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="unknown protocol 'sprite'; did you mean sprites"):
         load_protocol("sprite")
-    with pytest.raises(ValueError, match="there are inception, sprites, sprites-quick, or give a YAML file"):
+    with pytest.raises(ValueError, match="there are clouds, inception, sprites, sprites-quick, or give a YAML file"):
         load_protocol("zzz")
     with pytest.raises(ValueError, match="no protocol file nowhere.yaml; write one with name, n, prompts and reference"):
         load_protocol("nowhere.yaml")
@@ -81,7 +81,7 @@ def test_an_unknown_protocol_is_refused_with_the_nearest():
 
 def test_those_shipped_are_valid_and_unlike():
     found = [load_protocol(f.stem, {"reference": "photos"}) for f in protocol.SHIPPED.glob("*.yaml")]
-    assert {p.name for p in found} == {"sprites", "sprites-quick", "inception"} and len({p.hash for p in found}) == 3
+    assert {p.name for p in found} == {"clouds", "sprites", "sprites-quick", "inception"} and len({p.hash for p in found}) == 4
 
 
 def test_hashes_are_those_of_results_that_were_measured_before():
@@ -207,7 +207,7 @@ def test_a_reference_may_be_a_folder_or_moments(zoo_clip, tmp_path):
     for wrong in ("real", "nowhere.npz"):
         with pytest.raises(ValueError, match="nowhere.npz|neither zoo:sprites"):
             judge(images, texts, PLAIN.model_copy(update={"reference": wrong}))
-    with pytest.raises(ValueError, match="only zoo:sprites can be drawn again"):
+    with pytest.raises(ValueError, match="only zoo:sprites, zoo:clouds can be drawn again"):
         floor(PLAIN.model_copy(update={"reference": str(tmp_path / "real")}))
     with pytest.raises(ValueError, match="holds 40 images"):
         reference_images(str(tmp_path / "real"), 41, 0)

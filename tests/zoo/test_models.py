@@ -7,10 +7,9 @@ import pytest
 from safetensors import safe_open
 
 from fewstep.adapters import load_teacher
-from fewstep.denoiser import Guided
 from fewstep.evaluation.clip_score import ClipScore
 from fewstep.painting import generate
-from fewstep.zoo import HERE, TEACHERS, folder, guidance
+from fewstep.zoo import HERE, JUDGES, TEACHERS, folder, guidance, home
 from fewstep.zoo.reading import accuracy
 from fewstep.zoo.sprites import captions, draw
 
@@ -33,7 +32,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_reconstructions_are_read_like_drawings(name):
-    images, texts = draw(11, 200)
+    images, texts = draw(11, 200, home(name))
     teacher = load_teacher(f"zoo:{name}")
     again = teacher.to_images(teacher.to_latents(images))
     assert accuracy(texts, again).mean() >= 0.97
@@ -41,7 +40,7 @@ def test_reconstructions_are_read_like_drawings(name):
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_latents_are_standardised(name):
-    latents = load_teacher(f"zoo:{name}").to_latents(draw(12, 100)[0])
+    latents = load_teacher(f"zoo:{name}").to_latents(draw(12, 100, home(name))[0])
     assert latents.mean().abs() < 0.1 and abs(latents.std() - 1) < 0.1
 
 
@@ -49,10 +48,9 @@ def test_latents_are_standardised(name):
 def test_a_teacher_draws_what_it_is_asked_and_not_in_two_steps(name):
     """A floor well under the card's accuracy: 48 pictures, 16 steps. What it cannot do in two is what a student is for."""
     teacher = load_teacher(f"zoo:{name}")
-    texts = captions(13, 48)
-    scale = guidance(name)
-    assert scale is not None and scale > 1
-    guided = Guided(teacher.denoiser(teacher.net), scale, teacher.null())
+    texts = captions(13, 48, home(name))
+    assert guidance(name) == teacher.guidance
+    guided = teacher.guided(teacher.net)
     images, hasty = (generate(teacher, guided, teacher.encode(texts), teacher.grid(n, "ddim"), "ddim", seed=0) for n in (16, 2))
     card = json.loads((folder(name) / "results.json").read_text())
     stated = next(r for r in card["rows"] if r["steps"] == 50)["accuracy"]
@@ -68,9 +66,10 @@ def test_the_card_states_the_measured_numbers(name):
         assert f"| {row['steps']} | {row['fd']:.4g} |" in text
 
 
-def test_clip_prefers_the_right_caption():
-    images, texts = draw(14, 100)
-    clip = ClipScore(str(folder("sprites-clip")))
+@pytest.mark.parametrize("name", JUDGES)
+def test_clip_prefers_the_right_caption(name):
+    images, texts = draw(14, 100, home(name))
+    clip = ClipScore(str(folder(name)))
     right, wrong = clip.score(images, texts), clip.score(images, texts[1:] + texts[:1])
     assert np.mean(right) > np.mean(wrong) + 20
     assert (right > wrong).mean() > 0.95

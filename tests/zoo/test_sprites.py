@@ -1,17 +1,22 @@
 """The sprites world: drawing is a function of its seed, captions say what is drawn, and reading finds what was said."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from fewstep.zoo.reading import accuracy, agreement, read
-from fewstep.zoo.sprites import RELATIONS, Scene, Sprite, caption, captions, draw, parse, relation, scenes
+from fewstep.zoo.sprites import RELATIONS, SKIES, WORLDS, Scene, Sprite, caption, captions, draw, paint, parse, relation, scenes
+
+EVERY_WORLD = pytest.mark.parametrize("world", WORLDS)
 
 
-def test_drawing_depends_on_the_seed_alone():
-    first, text = draw(3, 16)
-    again, same = draw(3, 16)
-    other, _ = draw(4, 16)
-    assert (first == again).all() and text == same == captions(3, 16)
+@EVERY_WORLD
+def test_drawing_depends_on_the_seed_alone(world):
+    first, text = draw(3, 16, world)
+    again, same = draw(3, 16, world)
+    other, _ = draw(4, 16, world)
+    assert (first == again).all() and text == same == captions(3, 16, world)
     assert (first != other).any()
     assert first.shape == (16, 64, 64, 3) and first.dtype == np.uint8
 
@@ -33,14 +38,34 @@ def test_sprites_of_a_scene_have_distinct_colours_and_lie_apart_inside_the_frame
     assert {len(s.sprites) for s in found} == {1, 2, 3}
 
 
-def test_true_drawings_are_read_as_drawn():
-    images, texts = draw(7, 500)
+def test_the_drawings_of_sprites_are_those_that_its_results_were_measured_on():
+    assert hashlib.sha256(draw(1000, 300)[0].tobytes()).hexdigest()[:12] == "dff6dda95640"
+
+
+def test_skies_have_the_contrast_of_their_name_which_only_captions_with_textures_say():
+    found, numbers = scenes(15, 600, "clouds")
+    numbers["count"] = np.zeros_like(numbers["count"])  # grounds alone
+    numbers["tint"], numbers["slope"] = np.zeros_like(numbers["tint"]), np.zeros_like(numbers["slope"])
+    bright = paint(numbers)[..., 0] / 255
+    for sky, deviation in SKIES.items():
+        of = [i for i, scene in enumerate(found) if scene.sky == sky and scene.background == "grey"]
+        assert len(of) > 20 and abs(np.mean([bright[i].std() for i in of]) - deviation) < 0.05 * deviation + 1e-3
+        i = of[0]
+        assert f"on a {sky} grey background" in caption(found[i], texture=True)
+        assert "on a grey background" in caption(found[i])
+    assert {scene.sky for scene in scenes(15, 20)[0]} == {""}
+
+
+@EVERY_WORLD
+def test_true_drawings_are_read_as_drawn(world):
+    images, texts = draw(7, 500, world)
     assert accuracy(texts, images).mean() >= 0.99
 
 
-def test_reading_finds_every_attribute_of_the_scene():
-    found, numbers = scenes(8, 300)
-    images, _ = draw(8, 300)
+@EVERY_WORLD
+def test_reading_finds_every_attribute_of_the_scene(world):
+    found, numbers = scenes(8, 300, world)
+    images, _ = draw(8, 300, world)
     for true, seen in zip(found, read(images), strict=True):
         assert seen.background == true.background
         assert sorted((s.size, s.colour, s.shape) for s in seen.sprites) == sorted(
@@ -54,8 +79,9 @@ def test_shuffled_captions_score_much_lower():
     assert accuracy(texts[1:] + texts[:1], images).mean() < 0.6
 
 
-def test_parsing_a_caption_gives_back_the_scene():
-    for scene in scenes(10, 200)[0]:
+@EVERY_WORLD
+def test_parsing_a_caption_gives_back_the_scene(world):
+    for scene in scenes(10, 200, world)[0]:
         for textured in (False, True):
             claim = parse(caption(scene, texture=textured))
             assert claim.nouns == tuple((s.size, s.colour, s.shape) for s in scene.sprites)
