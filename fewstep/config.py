@@ -260,4 +260,4 @@ def differences(old: Config, new: Config, free: Sequence[str] = ()) -> list[str]
     return sorted(k for k in {*a, *b} if a.get(k) != b.get(k) and k not in free)
 
 
-ATTENTION = {"sdpa": "native", "xformers": "xformers", "flash": "flash"}
+ATTENTION = {"sdpa": "native", "math": "native", "xformers": "xformers", "flash": "flash"}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -212,11 +213,24 @@ def parameter_bytes(roles: Iterable[Role]) -> int:
     return sum(seen.values())
 
 
+UNHEARING = AttnProcessor2_0, JointAttnProcessor2_0
+
+
 def attend(roles: Iterable[Role], backend: str) -> None:
-    """Has their networks attend by a backend of Diffusers. Raises ValueError where it does not work here."""
+    """Has their networks attend by a backend of Diffusers. Raises ValueError where it does not work here.
+
+    Layers of UNets, DiT and SD3 do not hear of backends, and would stay with sdpa; they know xformers in a way of their own."""
     try:
         for role in roles:
             role.net.set_attention_backend(backend)
+            layers = [layer for layer in role.net.modules() if hasattr(layer, "processor")]
+            heard = [layer for layer in layers if hasattr(layer.processor, "_attention_backend")]
+            if backend == "xformers":
+                heard += (plain := [layer for layer in layers if isinstance(layer.processor, UNHEARING)])
+                for layer in plain:
+                    layer.set_use_memory_efficient_attention_xformers(True)
+            if not heard:
+                raise ValueError(f"{type(role.net).__name__} cannot be told to")
     except (RuntimeError, ImportError, ValueError) as error:
         raise ValueError(f"train.attention: {backend} does not work here ({error}); sdpa always does") from error
 

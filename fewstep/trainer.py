@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep import checkpoint, optimizers
 from fewstep.data import Buckets, Source
@@ -43,7 +45,8 @@ class Settings:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    # math: plain products of matrices; sdpa's fused kernel is slow backward on a CPU in bfloat16
+    attention: Literal["sdpa", "math", "xformers", "flash"] = "sdpa"
     checkpointing: bool = False  # gradient checkpointing: less memory, a third more time
     log_every: int = 10
     save_every: int = 100
@@ -174,7 +177,8 @@ def fit(job: Job, *, resume: bool = False, accelerator: Accelerator | None = Non
     _follow(job, averages)
     monitor = Monitor(job.folder, job.roles, start, active=accelerator.is_main_process)
     bar = track(range(start, settings.rounds), "train", settings.rounds, start=start)
-    with interruptible() as stopped:
+    kernels = sdpa_kernel(SDPBackend.MATH) if settings.attention == "math" else nullcontext()
+    with interruptible() as stopped, kernels:
         for round_ in bar:
             for i, turn in enumerate(job.objective.round(round_)):
                 rng = stream(settings.seed, accelerator.process_index, round_, i, device)

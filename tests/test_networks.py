@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_processor import Attention
 from tiny import tiny_sd_pipeline, tiny_zimage_pipeline
 
 from fewstep.families import FAMILIES
-from fewstep.networks import Full, Lora, Role, build, follow, parameter_bytes, set_weights
+from fewstep.networks import Full, Lora, Role, attend, build, follow, parameter_bytes, set_weights
 
 MAKERS = {"StableDiffusionPipeline": tiny_sd_pipeline, "ZImagePipeline": tiny_zimage_pipeline}
 BOTH = {"student": Lora(4, alpha=8.0), "critic": Lora(4)}
@@ -221,3 +223,29 @@ def test_a_follower_goes_a_share_of_the_way(family, wanted, share):
         own, leader = before["critic"][key], before["student"][key]
         torch.testing.assert_close(p.detach(), own + share * (leader - own))
         assert torch.equal(roles["student"].weights()[key], leader)
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """Diffusers' backends as if all that they need were here; the one in use is as before when a test is over."""
+    monkeypatch.setattr(attention_dispatch, "_check_attention_backend_requirements", lambda backend: None)
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+
+
+def test_xformers_reaches_every_layer_that_attends(family, backends, monkeypatch):
+    told = []
+    monkeypatch.setattr(Attention, "set_use_memory_efficient_attention_xformers", lambda self, use: told.append(self))
+    roles = roles_on(family)
+    attend(roles.values(), "xformers")
+    layers = [m for m in roles["teacher"].net.modules() if hasattr(m, "processor")]
+    known = [m for m in layers if getattr(m.processor, "_attention_backend", None) == "xformers"]
+    assert layers and {id(m) for m in layers} == {id(m) for m in [*known, *told]}
+
+
+def test_a_backend_that_no_layer_hears_of_is_refused(family, backends):
+    roles = roles_on(family).values()
+    if family[0].component == "transformer":
+        return attend(roles, "flash")
+    with pytest.raises(ValueError, match="UNet2DConditionModel cannot be told to.*; sdpa always does"):
+        attend(roles, "flash")

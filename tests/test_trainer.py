@@ -168,6 +168,29 @@ def test_log_weights_of_levels_are_learned_saved_and_go_on_bitwise(tmp_path):
     assert not any(same(files[name], early[name]) for name in ("weighting", "optimizer-weighting", "student"))
 
 
+@dataclass(frozen=True)
+class Watching(Toy):
+    """A toy that notes, in its loss and in its backward pass, whether fused attention may be used."""
+
+    seen: list = field(default_factory=list)
+
+    def round(self, step):
+        def loss(nets, batch, rng):
+            value = nets["student"](rng.normal(batch.shape)).square().mean(1)
+            value.register_hook(lambda _: self.seen.append(torch.backends.cuda.flash_sdp_enabled()))
+            self.seen.append(torch.backends.cuda.flash_sdp_enabled())
+            return Losses({"loss": value})
+
+        return [Turn("student", loss)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "math"])
+def test_math_attention_has_no_fused_kernel_forward_or_backward_and_none_is_missing_after(tmp_path, attention):
+    one = Watching()
+    fit(replace(job(tmp_path, rounds=1, attention=attention), objective=one))
+    assert one.seen == [attention == "sdpa"] * 2 and torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_a_checkpoint_of_other_roles_is_refused(tmp_path):
     fit(job(tmp_path, rounds=1))
     place = tmp_path / "checkpoints/step-0000001/state.json"
