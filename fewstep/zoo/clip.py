@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from fewstep.zoo.sprites import SIDE
 from fewstep.zoo.training import train
-from fewstep.zoo.words import clip_tokenizer
+from fewstep.zoo.words import TOLD, clip_tokenizer
 
 _CONTEXT = 26  # tokens of the longest caption that states textures and sky
 _MEAN, _STD = 0.48, 0.30
@@ -29,7 +29,7 @@ def config() -> dict:
             "vision_cfg": {"image_size": SIDE, "layers": [1, 2, 2, 1], "width": 16, "head_width": 64},
             "text_cfg": {
                 "context_length": _CONTEXT,
-                "vocab_size": len(clip_tokenizer()),
+                "vocab_size": len(clip_tokenizer(words=TOLD)),
                 "hf_tokenizer_name": "sprites-clip",  # any name: with local-dir open_clip reads the tokenizer in the folder
                 "width": 128,
                 "heads": 4,
@@ -53,7 +53,7 @@ def save(model: CLIP, folder: Path) -> None:
     Matrices and kernels are stored in half precision; norms, biases and running statistics stay float32."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(config(), indent=2) + "\n")
-    clip_tokenizer(_CONTEXT).save_pretrained(folder)
+    clip_tokenizer(_CONTEXT, TOLD).save_pretrained(folder)
     weights = {k: (v.half() if v.ndim > 1 else v).detach().clone().contiguous() for k, v in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
 
@@ -77,9 +77,9 @@ def train_clip(folder: Path, steps: int, batch: int, images: np.ndarray, caption
 
     images: uint8 (n, 64, 64, 3). captions: their ordinary captions and those that also state textures, n each; every sample
     draws one of the two, and counts as a match for each text of the batch that is literally one of its own two."""
-    model, tokenizer = make(), clip_tokenizer(_CONTEXT)
+    model, tokenizer = make(), clip_tokenizer(_CONTEXT, TOLD)
     ids = [torch.tensor(tokenizer(texts, padding="max_length", truncation=True).input_ids) for texts in captions]
-    tokens = torch.stack(ids, 1)  # (n, 2, 24)
+    tokens = torch.stack(ids, 1)  # (n, 2, context)
     names = torch.from_numpy(np.unique(np.concatenate(captions), return_inverse=True)[1]).reshape(2, -1).T  # (n, 2)
 
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:

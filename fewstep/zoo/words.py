@@ -11,9 +11,10 @@ from fewstep.zoo.sprites import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, 
 
 WORDS = tuple(
     dict.fromkeys(
-        ("a", "and", "on", "background", *SIZES, *TEXTURES, *COLOURS, *SHAPES, *BACKGROUNDS, *SKIES, *" ".join(RELATIONS).split())
+        ("a", "and", "on", "background", *SIZES, *TEXTURES, *COLOURS, *SHAPES, *BACKGROUNDS, *" ".join(RELATIONS).split())
     )
 )
+TOLD = (*WORDS, *SKIES)  # words of the captions that also state what pictures were not asked for
 _CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>"
 
 
@@ -44,9 +45,9 @@ def _vocabulary(alphabet: list[str], merges: list[tuple[str, str]], specials: li
     return {token: i for i, token in enumerate(dict.fromkeys([*alphabet, *map("".join, merges), *specials]))}
 
 
-def clip_tokenizer(max_length: int = 24) -> CLIPTokenizer:
+def clip_tokenizer(max_length: int = 24, words: tuple[str, ...] = WORDS) -> CLIPTokenizer:
     """A CLIP tokenizer; the longest caption with textures takes 24 tokens, and <|endoftext|> has the largest id."""
-    merges = _merges([[*word[:-1], word[-1] + "</w>"] for word in WORDS])
+    merges = _merges([[*word[:-1], word[-1] + "</w>"] for word in words])
     letters = sorted(ByteLevel.alphabet())
     specials = ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = _vocabulary([*letters, *(letter + "</w>" for letter in letters)], merges, specials)

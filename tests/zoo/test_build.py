@@ -5,7 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep.zoo import build
+from fewstep.adapters import load_teacher
+from fewstep.zoo import build, teachers
+from fewstep.zoo.sprites import SIDE
 
 
 @pytest.fixture
@@ -25,6 +27,21 @@ def test_latents_that_were_half_written_are_made_again(drawings, tmp_path, monke
     mean, std = build.latents(tmp_path, None, 8)
     assert mean.shape == std.shape == (4, 1) and [f.name for f in tmp_path.iterdir()] == ["latents8.safetensors"]
     assert torch.equal(load_file(tmp_path / "latents8.safetensors")["mean"], mean)
+
+
+@pytest.mark.parametrize("name", teachers.TEACHERS)
+def test_a_recipe_makes_what_ships_and_what_it_begins_as_fits(name):
+    recipe = teachers.TEACHERS[name]
+    vae = build.vaes.make(recipe.factor)
+    pipe = recipe.make(vae, SIDE // recipe.factor, **recipe.noise)
+    for part, of in recipe.begun.items():
+        build.shipped(of, part, getattr(pipe, part))
+    teacher = load_teacher(f"zoo:{name}")
+    for part in ("vae", "text_encoder", teacher.family.component):
+        build.shipped(name, part, getattr(pipe, part))
+    made, ships = pipe.scheduler.config, teacher.pipe.scheduler.config
+    assert {k: v for k, v in made.items() if k[0] != "_"} == {k: ships[k] for k in made if k[0] != "_"}
+    assert pipe.tokenizer.get_vocab() == teacher.pipe.tokenizer.get_vocab()
 
 
 class Pipe:
