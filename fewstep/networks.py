@@ -224,12 +224,10 @@ def attend(roles: Iterable[Role], backend: str) -> None:
         for role in roles:
             role.net.set_attention_backend(backend)
             layers = [layer for layer in role.net.modules() if hasattr(layer, "processor")]
-            heard = [layer for layer in layers if hasattr(layer.processor, "_attention_backend")]
-            if backend == "xformers":
-                heard += (plain := [layer for layer in layers if isinstance(layer.processor, UNHEARING)])
-                for layer in plain:
-                    layer.set_use_memory_efficient_attention_xformers(True)
-            if not heard:
+            plain = [layer for layer in layers if backend == "xformers" and isinstance(layer.processor, UNHEARING)]
+            for layer in plain:
+                layer.set_use_memory_efficient_attention_xformers(True)
+            if not plain and not any(hasattr(layer.processor, "_attention_backend") for layer in layers):
                 raise ValueError(f"{type(role.net).__name__} cannot be told to")
     except (RuntimeError, ImportError, ValueError) as error:
         raise ValueError(f"train.attention: {backend} does not work here ({error}); sdpa always does") from error

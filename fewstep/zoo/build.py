@@ -49,7 +49,7 @@ def pool_captions(world: str, *, texture: bool = False) -> list[str]:
     return [caption(s, texture=texture) for seed in POOL_SEEDS for s in scenes(seed, POOL_CHUNK, world)[0]]
 
 
-def shipped(name: str, part: str, module: torch.nn.Module) -> None:
+def begin_as(name: str, part: str, module: torch.nn.Module) -> None:
     """Gives a module the weights of the same part of a shipped teacher."""
     for file in (HERE / name / part).glob("*.safetensors"):
         module.load_state_dict({k: v.float() for k, v in load_file(file).items()})
@@ -60,7 +60,7 @@ def build_vae(place: Path, factor: int, begun: str | None):
     torch.manual_seed(0)
     images, vae = pool(place), vaes.make(factor)
     if begun:
-        shipped(begun, "vae", vae)
+        begin_as(begun, "vae", vae)
     steps, lr = (VAE_STEPS_MORE, VAE_LR_MORE) if begun else (VAE_STEPS[factor], VAE_LR)
 
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:
@@ -93,10 +93,10 @@ def build_teacher(name: str, place: Path):
     vae = build_vae(place, recipe.factor, recipe.begun.get("vae"))
     mean, std = latents(place, vae, recipe.factor)
     torch.manual_seed(1)
-    pipe = recipe.make(vae, mean.shape[-1], **recipe.noise)
+    pipe = recipe.make(vae, **recipe.noise)
     for part, of in recipe.begun.items():
         if part != "vae":
-            shipped(of, part, getattr(pipe, part))
+            begin_as(of, part, getattr(pipe, part))
     module: Any = recipe.trainee(pipe, pool_captions(home(name)))
 
     if "text_encoder" not in recipe.begun:

@@ -60,8 +60,8 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class World:
-    """A law of drawings: by how much sprites are turned (radians to either side), how bright grounds are, and whether skies
+class Law:
+    """How a world is drawn: by how much sprites are turned (radians to either side), how bright grounds are, and whether skies
     lie on them."""
 
     turn: float
@@ -69,10 +69,10 @@ class World:
     skies: bool
 
 
-WORLDS = {
-    "sprites": World(turn=np.pi, levels=(0.94, 0.52, 0.08), skies=False),
+LAWS = {
+    "sprites": Law(turn=np.pi, levels=(0.94, 0.52, 0.08), skies=False),
     # Clouds are a Gaussian field, whose contrast a sampler of few steps loses as it loses the detail of photographs.
-    "clouds": World(turn=0.25, levels=(0.84, 0.50, 0.15), skies=True),
+    "clouds": Law(turn=0.25, levels=(0.84, 0.50, 0.15), skies=True),
 }
 
 
@@ -132,7 +132,7 @@ def parse(text: str) -> Claim:
 
 def scenes(seed: int, n: int, world: str = "sprites") -> tuple[list[Scene], dict[str, np.ndarray]]:
     """`n` random scenes and the numbers that draw them (arrays with a leading axis of n). Depends on (seed, n, world) alone."""
-    law = WORLDS[world]
+    law = LAWS[world]
     rng = np.random.default_rng(seed)
     p: dict[str, np.ndarray] = {}
     p["count"] = rng.choice(3, size=n, p=_COUNT_LAW) + 1

@@ -28,12 +28,10 @@ from fewstep.zoo.words import clip_tokenizer, qwen_tokenizer
 
 TEXT_WIDTH = 64
 DROPOUT = 0.1  # share of captions replaced by "", so that guidance has something to push away from
-
-
 WIDTHS = {8: (48, 80), 16: (48, 96)}  # of the UNet's two levels, by the side of the latents
 
 
-def stable_diffusion(vae: AutoencoderKL, side: int, **noise: Any) -> StableDiffusionPipeline:
+def stable_diffusion(vae: AutoencoderKL, **noise: Any) -> StableDiffusionPipeline:
     """UNet of about 2 M parameters, with attention at 8x8 and below, and a two-layer CLIP text encoder.
 
     noise: what its scheduler has otherwise than Stable Diffusion 1's, which predicts epsilon."""
@@ -53,6 +51,7 @@ def stable_diffusion(vae: AutoencoderKL, side: int, **noise: Any) -> StableDiffu
             pad_token_id=end,
         )
     )
+    side = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
     outer = "CrossAttn" if side <= 8 else ""
     unet = UNet2DConditionModel(
         sample_size=side,
@@ -77,7 +76,7 @@ def stable_diffusion(vae: AutoencoderKL, side: int, **noise: Any) -> StableDiffu
     return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
 
 
-def z_image(vae: AutoencoderKL, side: int) -> ZImagePipeline:
+def z_image(vae: AutoencoderKL) -> ZImagePipeline:
     """Flow-matching single-stream transformer (about 1.2 M parameters) and a small Qwen3 text encoder."""
     tokenizer = qwen_tokenizer()
     text = Qwen3Model(
@@ -193,7 +192,7 @@ class Recipe:
     begun: parts that start as those of another teacher of the zoo; a text encoder that does stays as it is. noise: settings of
     its scheduler."""
 
-    make: Callable[[AutoencoderKL, int], Any]
+    make: Callable[..., Any]
     trainee: Callable[[Any, list[str]], Any]
     factor: int
     steps: int

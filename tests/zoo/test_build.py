@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 
 from fewstep.adapters import load_teacher
 from fewstep.zoo import build, teachers
-from fewstep.zoo.sprites import SIDE
 
 
 @pytest.fixture
@@ -33,12 +32,12 @@ def test_latents_that_were_half_written_are_made_again(drawings, tmp_path, monke
 def test_a_recipe_makes_what_ships_and_what_it_begins_as_fits(name):
     recipe = teachers.TEACHERS[name]
     vae = build.vaes.make(recipe.factor)
-    pipe = recipe.make(vae, SIDE // recipe.factor, **recipe.noise)
+    pipe = recipe.make(vae, **recipe.noise)
     for part, of in recipe.begun.items():
-        build.shipped(of, part, getattr(pipe, part))
+        build.begin_as(of, part, getattr(pipe, part))
     teacher = load_teacher(f"zoo:{name}")
     for part in ("vae", "text_encoder", teacher.family.component):
-        build.shipped(name, part, getattr(pipe, part))
+        build.begin_as(name, part, getattr(pipe, part))
     made, ships = pipe.scheduler.config, teacher.pipe.scheduler.config
     assert {k: v for k, v in made.items() if k[0] != "_"} == {k: ships[k] for k in made if k[0] != "_"}
     assert pipe.tokenizer.get_vocab() == teacher.pipe.tokenizer.get_vocab()

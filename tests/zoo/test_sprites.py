@@ -5,8 +5,9 @@ import hashlib
 import numpy as np
 import pytest
 
+from fewstep.zoo import WORLDS
 from fewstep.zoo.reading import accuracy, agreement, read
-from fewstep.zoo.sprites import RELATIONS, SKIES, WORLDS, Scene, Sprite, caption, captions, draw, paint, parse, relation, scenes
+from fewstep.zoo.sprites import RELATIONS, SKIES, Scene, Sprite, caption, captions, draw, paint, parse, relation, scenes
 
 EVERY_WORLD = pytest.mark.parametrize("world", WORLDS)
 
