@@ -99,7 +99,7 @@ class Taps:
         places = torch.arange(h * w, device=tokens.device).expand(len(tokens), -1)
         if self.text_first and tokens.shape[1] > h * w:  # behind each sample's own words
             words = cond.tensors["prompt"]
-            lengths = cond.tensors["mask"].sum(1) if "mask" in cond.tensors else words.new_full((len(words),), words.shape[1])
+            lengths = cond.tensors.get("length", torch.full((len(words),), words.shape[1]))
             places = places + lengths.to(places)[:, None]
         return tokens.take_along_dim(places[..., None], 1).transpose(1, 2).unflatten(2, (h, w))
 

@@ -13,6 +13,7 @@ from fewstep import proof
 from fewstep.adapters import load_teacher
 from fewstep.export import export
 from fewstep.families import FAMILIES, family_of
+from fewstep.families.base import masked, unpadded
 from fewstep.networks import Lora, build, gather
 
 NEW = [name for name in MAKERS if name not in ("sd", "zimage", "ddpm")]  # tests/test_verify.py has those, in more ways
@@ -159,4 +160,28 @@ def test_videos_are_shown_by_their_middle_frame_and_learned_from_prompts_alone(t
 def test_the_instruction_and_the_system_prompt_are_not_part_of_the_null(teachers):
     for name in ("sana", "lumina2"):
         null, empty = teachers[name].null().tensors, teachers[name].encode([""]).tensors
-        assert null["mask"].sum() < empty["mask"].sum() or not torch.allclose(null["prompt"], empty["prompt"])
+        assert null["length"] < empty["length"] or not torch.allclose(null["prompt"], empty["prompt"])
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana", "lumina2", "ltx"])
+def test_padding_that_no_prompt_of_a_batch_needs_is_left_out_and_missed_by_nobody(teachers, name):
+    teacher, given = teachers[name], []
+    cond = teacher.encode(["a", "a red cat"])
+    words, longest = cond.tensors["prompt"], int(cond.tensors["length"].max())
+    x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([0.9, 0.4], dtype=torch.float64)
+    hook = teacher.net.register_forward_pre_hook(lambda net, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        teacher.denoiser(teacher.net)(x, t, cond)
+        hook.remove()
+        (args, kwargs), mask = given[0], given[0][1]["encoder_attention_mask"]
+        assert kwargs["encoder_hidden_states"].shape[1] == mask.shape[1] == longest < words.shape[1]
+        padded = {"encoder_hidden_states": words, "encoder_attention_mask": torch.zeros(words.shape[:2]).to(mask)}
+        padded["encoder_attention_mask"][:, :longest] = mask
+        torch.testing.assert_close(teacher.net(*args, **kwargs)[0], teacher.net(*args, **kwargs | padded)[0])
+
+
+def test_all_padding_is_left_where_a_prompt_has_no_token_of_its_own():
+    words, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    found, seen = unpadded(masked(words, mask))
+    assert torch.equal(found, words) and torch.equal(seen, mask.float())
+    assert unpadded(masked(words[:1], mask[:1]))[0].shape == (1, 2, 3)

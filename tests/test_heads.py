@@ -239,7 +239,7 @@ def test_the_frames_of_a_video_are_one_tall_map():
 def test_the_image_behind_the_text_is_read_where_it_lies(lengths):
     words, image = torch.zeros(2, 3, 6), torch.arange(2 * 4 * 6, dtype=torch.float32).view(2, 4, 6)
     rows = [torch.cat([words[i, : n or 3], image[i], words[i, n or 3 :]]) for i, n in enumerate(lengths or (3, 3))]
-    cond = Cond({"prompt": words} | ({"mask": (torch.arange(3) < torch.tensor(lengths)[:, None]).float()} if lengths else {}))
+    cond = Cond({"prompt": words} | ({"length": torch.tensor(lengths)} if lengths else {}))
     taps = Taps({"block": torch.nn.Identity()}, (6,), text_first=True)
     (found,) = taps.read({"block": torch.stack(rows)}, torch.zeros(2, 4, 2, 2), cond)
     assert torch.equal(found.flatten(2).transpose(1, 2), image)

@@ -158,7 +158,7 @@ def _has_conditions(teacher: Teacher) -> bool:
 
 
 def _conds_key(texts: list[str]) -> dict[str, str]:
-    return {"kind": "prompts", "prompts": hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()}
+    return {"kind": "prompts", "form": "2", "prompts": hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()}
 
 
 def _encode(teacher: Teacher, texts: list[str], batch: int, progress: bool) -> dict[str, Tensor]:

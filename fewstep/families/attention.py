@@ -18,6 +18,7 @@ from fewstep.families.base import (
     flow,
     flow_target,
     masked,
+    unpadded,
     vp,
     vp_target,
 )
@@ -37,10 +38,11 @@ def _no_words(width: str) -> Any:
 
 
 def _pixart_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    words, mask = unpadded(cond)
     out = net(
         x,
-        encoder_hidden_states=cond.tensors["prompt"],
-        encoder_attention_mask=cond.tensors["mask"],
+        encoder_hidden_states=words,
+        encoder_attention_mask=mask,
         timestep=time,
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         return_dict=False,
@@ -67,7 +69,7 @@ PIXART = Family(
 
 
 def _sana_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    words, mask = cond.tensors["prompt"], cond.tensors["mask"]
+    words, mask = unpadded(cond)
     return net(x, encoder_hidden_states=words, encoder_attention_mask=mask, timestep=time, return_dict=False)[0]
 
 
@@ -114,9 +116,9 @@ SANA = Family(
 
 
 def _lumina_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    words, mask = cond.tensors["prompt"], cond.tensors["mask"].long()
+    words, mask = unpadded(cond)
     # The network's output is the velocity towards data: x0 - eps.
-    return -net(x, timestep=time, encoder_hidden_states=words, encoder_attention_mask=mask, return_dict=False)[0]
+    return -net(x, timestep=time, encoder_hidden_states=words, encoder_attention_mask=mask.long(), return_dict=False)[0]
 
 
 def _lumina_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:

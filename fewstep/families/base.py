@@ -289,5 +289,14 @@ def unpack(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def masked(embeds: Tensor, mask: Tensor) -> Cond:
-    """Embeddings with the mask of their tokens, which the network reads and which therefore travels to its device."""
-    return Cond({"prompt": embeds, "mask": mask.float()})
+    """Embeddings whose tokens from some place on are padding, with how many are not."""
+    return Cond({"prompt": embeds, "length": mask.sum(1).long().cpu()})
+
+
+def unpadded(cond: Cond) -> tuple[Tensor, Tensor]:
+    """The embeddings (B, L, width) of `masked` and their mask (B, L), 1 and 0, up to the batch's longest prompt: a network that
+    masks its padding attends to none of it, and most prompts are a tenth of the hundreds of tokens that pipelines pad to."""
+    words, lengths = cond.tensors["prompt"], cond.tensors["length"]
+    longest = int(lengths.max()) if lengths.min() > 0 else words.shape[1]  # who has no token attends to all padding alike
+    mask = torch.arange(longest)[None] < lengths[:, None]
+    return words[:, :longest], mask.to(words.device, words.dtype, non_blocking=True)

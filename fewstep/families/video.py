@@ -22,6 +22,7 @@ from fewstep.families.base import (
     net_config,
     spatial_factor,
     standardised,
+    unpadded,
     vp,
     vp_target,
 )
@@ -88,11 +89,12 @@ def _ltx_pack(x: Tensor) -> Tensor:
 
 def _ltx_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     frames, height, width = x.shape[2:]
+    words, mask = unpadded(cond)
     out = net(
         hidden_states=_ltx_pack(x),
-        encoder_hidden_states=cond.tensors["prompt"],
+        encoder_hidden_states=words,
         timestep=time,
-        encoder_attention_mask=cond.tensors["mask"],
+        encoder_attention_mask=mask,
         num_frames=frames,
         height=height,
         width=width,
