@@ -13,7 +13,7 @@ from fewstep import proof
 from fewstep.adapters import load_teacher
 from fewstep.export import export
 from fewstep.families import FAMILIES, family_of
-from fewstep.families.base import masked, unpadded
+from fewstep.families.padding import masked, unpadded
 from fewstep.networks import Lora, build, gather
 
 NEW = [name for name in MAKERS if name not in ("sd", "zimage", "ddpm")]  # tests/test_verify.py has those, in more ways

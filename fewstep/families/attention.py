@@ -17,11 +17,10 @@ from fewstep.families.base import (
     Setting,
     flow,
     flow_target,
-    masked,
-    unpadded,
     vp,
     vp_target,
 )
+from fewstep.families.padding import masked, unpadded
 
 _ATTENTION: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 _AS_ASKED = {"use_resolution_binning": False}  # else the pipeline draws at a size of its own choice and resizes

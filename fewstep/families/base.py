@@ -286,17 +286,3 @@ def unpack(tokens: Tensor, like: Tensor) -> Tensor:
     """The inverse of `pack`, for an x of the shape of `like`."""
     b, c, h, w = like.shape
     return tokens.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
-
-
-def masked(embeds: Tensor, mask: Tensor) -> Cond:
-    """Embeddings whose tokens from some place on are padding, with how many are not."""
-    return Cond({"prompt": embeds, "length": mask.sum(1).long().cpu()})
-
-
-def unpadded(cond: Cond) -> tuple[Tensor, Tensor]:
-    """The embeddings (B, L, width) of `masked` and their mask (B, L), 1 and 0, up to the batch's longest prompt: a network that
-    masks its padding attends to none of it, and most prompts are a tenth of the hundreds of tokens that pipelines pad to."""
-    words, lengths = cond.tensors["prompt"], cond.tensors["length"]
-    longest = int(lengths.max()) if lengths.min() > 0 else words.shape[1]  # who has no token attends to all padding alike
-    mask = torch.arange(longest)[None] < lengths[:, None]
-    return words[:, :longest], mask.to(words.device, words.dtype, non_blocking=True)

@@ -18,14 +18,13 @@ from fewstep.families.base import (
     Setting,
     flow,
     flow_target,
-    masked,
     net_config,
     spatial_factor,
     standardised,
-    unpadded,
     vp,
     vp_target,
 )
+from fewstep.families.padding import masked, unpadded
 
 _ATTENTION: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
