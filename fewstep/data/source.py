@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,8 +157,9 @@ def _has_conditions(teacher: Teacher) -> bool:
     return any(teacher.family.examples) or bool(net_config(teacher.net).get("num_class_embeds"))
 
 
-def _conds_key(texts: list[str]) -> dict[str, str]:
-    return {"kind": "prompts", "form": "2", "prompts": hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()}
+def _conds_key(texts: list[str]) -> dict[str, Any]:
+    """Version 2: how many tokens a prompt has, where there was a mask of them."""
+    return {"kind": "prompts", "version": 2, "prompts": hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()}
 
 
 def _encode(teacher: Teacher, texts: list[str], batch: int, progress: bool) -> dict[str, Tensor]:

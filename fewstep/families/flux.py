@@ -21,6 +21,7 @@ from fewstep.families.base import (
     standardised,
     unpack,
 )
+from fewstep.families.padding import unpadded
 
 _ATTENTION: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 _JOINT: tuple[str, ...] = (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -74,14 +75,13 @@ FLUX = Family(
 
 
 def _qwen_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    lengths, (h, w) = cond.tensors["length"], x.shape[-2:]
-    longest = int(lengths.max())
-    mask = torch.arange(longest)[None] < lengths[:, None]
+    (words, mask), (h, w) = unpadded(cond), x.shape[-2:]
+    full = bool((cond.tensors["length"] == words.shape[1]).all())
     out = net(
         hidden_states=pack(x),
         timestep=time,
-        encoder_hidden_states=cond.tensors["prompt"][:, :longest],
-        encoder_hidden_states_mask=None if bool(mask.all()) else mask.to(x.device),
+        encoder_hidden_states=words,
+        encoder_hidden_states_mask=None if full else mask.bool(),
         img_shapes=[[(1, h // 2, w // 2)]] * len(x),
         return_dict=False,
     )[0]

@@ -14,8 +14,9 @@ def masked(embeds: Tensor, mask: Tensor) -> Cond:
 
 
 def unpadded(cond: Cond) -> tuple[Tensor, Tensor]:
-    """The embeddings (B, L, width) of `masked` and their mask (B, L), 1 and 0, up to the batch's longest prompt: a network that
-    masks its padding attends to none of it, and most prompts are a tenth of the hundreds of tokens that pipelines pad to."""
+    """The embeddings (B, L, width) of prompts with lengths and their mask (B, L), 1 and 0, up to the batch's longest prompt.
+
+    A network that masks its padding attends to none of it, and most prompts are a tenth of the tokens that pipelines pad to."""
     words, lengths = cond.tensors["prompt"], cond.tensors["length"]
     longest = int(lengths.max()) if lengths.min() > 0 else words.shape[1]  # who has no token attends to all padding alike
     mask = torch.arange(longest)[None] < lengths[:, None]
