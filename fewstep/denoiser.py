@@ -23,6 +23,10 @@ class Cond:
     def __getitem__(self, index: Tensor | slice) -> Cond:
         return Cond({k: v[index] for k, v in self.tensors.items()})
 
+    def take(self, rows: Sequence[int]) -> Cond:
+        """These rows, without an index that a device would have to be sent."""
+        return Cond({k: torch.stack([v[i] for i in rows]) for k, v in self.tensors.items()})
+
     def to(self, device: torch.device | str) -> Cond:
         """On a device; whole numbers (lengths, labels) steer and stay on the CPU, where reading them waits for nothing."""
         return Cond({k: v.to(device, non_blocking=True) if v.is_floating_point() else v.cpu() for k, v in self.tensors.items()})

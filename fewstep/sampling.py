@@ -80,15 +80,21 @@ def rollout(
 
     The last visit's `x_s` is the predicted x0: whatever the step, no noise is put back at the end."""
     x = noise
-    n = len(x)
     for index, (t, s) in enumerate(zip(times, [*times[1:], 0.0], strict=True)):
-        prediction = denoiser(x, torch.full((n,), t, dtype=torch.float64), cond)
-        if s > 0:
-            x_s = step(denoiser.schedule, prediction, torch.full((n,), s, dtype=torch.float64), rng).to(noise.dtype)
-        else:
-            x_s = prediction.x0.to(noise.dtype)
+        prediction, x_s = advance(denoiser, x, t, s, cond, step=step, rng=rng)
         yield Visit(index, t, x, prediction, x_s)
         x = x_s
+
+
+def advance(
+    denoiser: Predictor, x: Tensor, t: float, s: float, cond: Cond, *, step: Step = ddim, rng: Noise
+) -> tuple[Prediction, Tensor]:
+    """One step of a rollout, from x (B, C, *S) at t to s < t: (what was predicted, x_s). At s = 0 that is the predicted x0."""
+    n = len(x)
+    prediction = denoiser(x, torch.full((n,), t, dtype=torch.float64), cond)
+    if s > 0:
+        return prediction, step(denoiser.schedule, prediction, torch.full((n,), s, dtype=torch.float64), rng).to(x.dtype)
+    return prediction, prediction.x0.to(x.dtype)
 
 
 def sample(denoiser: Predictor, noise: Tensor, times: Sequence[float], cond: Cond, *, step: Step = ddim, rng: Noise) -> Tensor:

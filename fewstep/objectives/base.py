@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from itertools import islice
+from itertools import pairwise
 from typing import ClassVar, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.denoiser import Cond, Denoiser, Guided, Prediction
 from fewstep.heads import Heads, Point
 from fewstep.losses import mse
-from fewstep.sampling import Step, rollout, uniform_grid
+from fewstep.sampling import Step, advance, uniform_grid
 from fewstep.stream import Stream
 from fewstep.times import Uniform
 
@@ -63,10 +63,10 @@ class Nets:
     everywhere: Callable[[Tensor], Tensor] = Tensor.detach
     finer: Callable[[int], tuple[float, ...]] = uniform_grid
 
-    def level(self, t: float) -> float:
-        """The time that says how noisy the student's own input is at a time of its grid: at the first stands pure noise, whatever
-        time its network is told there (conditioning_timestep)."""
-        return 1.0 if t == self.grid[0] else t
+    def level(self, t: Tensor) -> Tensor:
+        """The times that say how noisy the student's own inputs are at times (B,) of its grid: at the first stands pure noise,
+        whatever time its network is told there (conditioning_timestep)."""
+        return t.where(t != self.grid[0], 1.0)
 
 
 @dataclass(frozen=True)
@@ -258,22 +258,32 @@ def full(t: float, n: int) -> Tensor:
 
 
 def simulate(nets: Nets, batch: Batch, rng: Stream, among: range | None = None) -> Prediction:
-    """Backward simulation (DMD2, section 4.5): the student walks from noise to a randomly chosen step without a graph, and that
-    step is predicted with one. All samples and processes share the step. Its x0 is what the deployed sampler would stand on.
+    """Backward simulation (DMD2, section 4.5): every sample walks from noise to a step of its own without a graph, and that step
+    is predicted with one. Its x0 is what the deployed sampler would stand on.
 
+    The paper's code takes one step for all. Here a batch is shared out over the steps: as many passes, by all processes alike,
+    and a critic that is shown every step's output in every turn does not forget the others' meanwhile.
     among: the steps to choose from, all of them by default."""
-    return simulate_step(nets, batch, rng, among)[1]
+    return simulate_steps(nets, batch, rng, among)[1]
 
 
-def simulate_step(nets: Nets, batch: Batch, rng: Stream, among: range | None = None) -> tuple[float, Prediction]:
-    """`simulate`, with the time of the step that was chosen."""
+def simulate_steps(nets: Nets, batch: Batch, rng: Stream, among: range | None = None) -> tuple[Tensor, Prediction]:
+    """`simulate`, with the times (B,) of the steps that were chosen."""
     among = among or range(len(nets.grid))
-    k = among[rng.shared.integer(len(among))]
-    x = nets.student.schedule.prior(rng.normal(batch.shape))
+    first = rng.shared.integer(len(among))
+    stops = [among[(first + i) % len(among)] for i in range(batch.shape[0])]
+    rows = list(nets.student.schedule.prior(rng.normal(batch.shape)))
     with torch.no_grad():
-        for visit in islice(_walk(nets, x, batch, rng), k):
-            x = visit.x_s
-    return nets.grid[k], nets.student(x, full(nets.grid[k], len(x)), batch.cond)
+        for k, (t, s) in enumerate(pairwise(nets.grid)):
+            going = [i for i, stop in enumerate(stops) if stop > k]
+            if not going:
+                break
+            x, cond = torch.stack([rows[i] for i in going]), batch.cond.take(going)
+            moved = advance(nets.student, x, t, s, cond, step=nets.step, rng=rng)[1]
+            for i, row in zip(going, moved, strict=True):
+                rows[i] = row
+    times = torch.tensor([nets.grid[k] for k in stops], dtype=torch.float64)
+    return times, nets.student(torch.stack(rows), times, batch.cond)
 
 
 def denoise(
@@ -287,7 +297,3 @@ def denoise(
     prediction = (by or critic)(critic.schedule.add_noise(x, eps, t), t, batch.cond)
     stats = {"denoise_linear": critic.linear_loss(x, t).mean()}  # what the monitors hold the loss against
     return Losses({"denoise": mse(critic.native(prediction, t), critic.aim(x, eps, t))}, stats, x)
-
-
-def _walk(nets: Nets, noise: Tensor, batch: Batch, rng: Stream) -> Iterator:
-    return rollout(nets.student, noise, nets.grid, batch.cond, step=nets.step, rng=rng)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.denoiser import Guided
 from fewstep.losses import moments_kl, normalised, push
-from fewstep.objectives.base import Batch, Losses, Nets, register, simulate_step
+from fewstep.objectives.base import Batch, Losses, Nets, register, simulate_steps
 from fewstep.objectives.ranges import at_least, positive
 from fewstep.objectives.two_time_scale import TwoTimeScale, size
 from fewstep.stream import Stream
@@ -48,8 +48,7 @@ class Decoupled(TwoTimeScale):
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Stream) -> Losses:
         """(f_fake - f_c) / N at t_DM, minus (w - 1) (f_c - f_u) / N at t_CA <= the student's time, each at noise of its own."""
-        start, prediction = simulate_step(nets, batch, rng)
-        start = nets.level(start)
+        start, prediction = simulate_steps(nets, batch, rng)
         x, schedule = prediction.x0, nets.student.schedule
         t = self.times.sample(len(x), rng)
         x_t = schedule.add_noise(x, rng.normal_like(x), t)  # with the student's graph, so that heads may judge it, too
@@ -57,7 +56,7 @@ class Decoupled(TwoTimeScale):
             direction = self.matching * matching(nets, batch, x, x_t, t, self.floor)
             stats = {"direction": size(direction)}
             if isinstance(nets.teacher, Guided) and nets.teacher.scale != 1:
-                t = Uniform(min(self.low, start / 2), min(self.high, start), self.shift).sample(len(x), rng)
+                t = self.below(nets.level(start), rng)
                 x_t = schedule.add_noise(x, rng.normal_like(x), t)
                 more = augmentation(nets.teacher, batch, x, x_t, t, self.floor)
                 stats["augmentation"] = size(more)
@@ -66,6 +65,11 @@ class Decoupled(TwoTimeScale):
         if self.moments:
             terms["moments"] = self.moments * moments_kl(x, self.mean, self.std)
         return Losses(terms, stats, x)
+
+    def below(self, start: Tensor, rng: Stream) -> Tensor:
+        """CA's times (B,), each no noisier than the student's own input at `start` (B,)."""
+        low, high = (start / 2).clamp(max=self.low), start.clamp(max=self.high)
+        return low + (high - low) * Uniform(shift=self.shift).sample(len(start), rng)
 
 
 def matching(nets: Nets, batch: Batch, x: Tensor, x_t: Tensor, t: Tensor, floor: float) -> Tensor:

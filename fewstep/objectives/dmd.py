@@ -21,8 +21,9 @@ class DMD(TwoTimeScale):
 
     steps: of the deployed student. critic_turns (DMD2: 5; 10 for SD1.5), low, high (20..980 of 1000), critic_low, shift, ida: see
     TwoTimeScale. floor: least normaliser.
-    Deviations from the paper: critic turns come first and draw their own samples instead of reusing the student's; the
-    critic's time is continuous in (critic_low, 1]; the normaliser has a floor where the reference code relies on nan_to_num.
+    Deviations from the paper: critic turns come first and draw their own samples instead of reusing the student's; a batch is
+    shared out over the steps, see `simulate`; the critic's time is continuous in (critic_low, 1]; the normaliser has a floor
+    where the reference code relies on nan_to_num.
     """
 
     steps: int = 4

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.matched import off_straight, straight
-from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, full, register
+from fewstep.objectives.base import Batch, Losses, Needs, Nets, Objective, Turn, register
 from fewstep.objectives.ranges import at_least
 from fewstep.objectives.reflow import huber, straight_line, walked
 from fewstep.sampling import ddim
@@ -109,7 +109,7 @@ class FlowGuided(Objective):
         """d(x0, the pair's sample) + guide d(x0, sg where the teacher's two steps land)."""
         assert batch.latents is not None
         x, t = walked(nets, batch, rng)
-        begins = full(nets.level(float(t[0])), len(x))  # the samples share their time
+        begins = nets.level(t)
         goal = two_steps(nets.teacher, x, begins, batch.cond, 0.2 + 0.6 * rng.uniform(len(x)), rng)
         x0 = nets.student(x, t, batch.cond).x0
         terms = {"regression": huber(x0, batch.latents, self.huber), "guide": self.guide * huber(x0, goal, self.huber)}

@@ -23,7 +23,7 @@ from toys import (
     times,
 )
 
-from fewstep.denoiser import Denoiser, Guided
+from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.objectives import Batch
 from fewstep.objectives.base import simulate
 from fewstep.objectives.decoupled import Decoupled
@@ -201,30 +201,38 @@ BATCH = Batch(NOTHING, (6, 2))
 
 
 @teachers
-def test_all_processes_simulate_to_the_same_step_and_every_step_comes_up(name, target):
-    steps = []
-    for round_ in range(24):
-        calls = set()
-        for rank in range(3):
+@pytest.mark.parametrize("n, least, most", [(8, 2, 2), (6, 1, 2), (1, 0, 1)])
+def test_a_batch_is_shared_out_over_the_steps_alike_on_all_processes(name, target, n, least, most):
+    """T16, for every share of a batch: the passes and their sizes are those of all processes, and steps come up equally often."""
+    counts = torch.zeros(4)
+    clock = SCHEDULES[name].model_time(times(*uniform_grid(4))).tolist()
+    for round_ in range(200 if n < 4 else 24):
+        made = []
+        for rank in range(2 if n > 1 else 1):
             nets, seen = recorded(uniform_grid(4), name, target)
-            simulate(nets, BATCH, stream(0, rank, round_, 5))
-            calls.add(len(seen.inputs))
-        assert len(calls) == 1
-        steps.append(calls.pop())
-    assert set(steps) == {1, 2, 3, 4}
+            simulate(nets, Batch(NOTHING, (n, 2)), stream(0, rank, round_, 5))
+            made.append([(len(x), time.tolist()) for x, time in zip(seen.inputs, seen.times, strict=True)])
+        assert made[0] == made[-1]
+        _, last = made[0][-1]
+        here = torch.tensor([last.count(pytest.approx(t, rel=1e-6)) for t in clock])
+        assert here.sum() == n and least <= here.min() and here.max() <= most
+        counts += here
+    assert (counts / counts.sum()).tolist() == pytest.approx([0.25] * 4, abs=0.08)
 
 
 @teachers
 def test_simulation_starts_from_pure_noise_and_only_its_last_call_has_a_graph(name, target):
     schedule = SCHEDULES[name]
     told = [999, 749, 499, 249] if name == "sd" else schedule.model_time(times(1, 0.75, 0.5, 0.25)).float().tolist()
-    for round_ in range(12):
-        nets, seen = recorded(uniform_grid(4), name, target)
-        prediction = simulate(nets, BATCH, stream(0, 1, round_, 0))
-        assert torch.equal(seen.inputs[0], schedule.prior(stream(0, 1, round_, 0).normal(BATCH.shape)))
-        assert seen.with_graph == [False] * (len(seen.inputs) - 1) + [True]
-        assert prediction.x0.requires_grad
-        assert [time[0].item() for time in seen.times] == told[: len(seen.inputs)]
+    nets, seen = recorded(uniform_grid(4), name, target)
+    prediction = simulate(nets, Batch(NOTHING, (8, 2)), stream(0, 1, 3, 0))
+    noise = schedule.prior(stream(0, 1, 3, 0).normal((8, 2)))
+    begins = seen.times[-1] == told[0]
+    assert torch.equal(seen.inputs[0], noise[~begins]) and torch.equal(seen.inputs[-1][begins], noise[begins])
+    assert [len(x) for x in seen.inputs] == [6, 4, 2, 8]
+    assert [time.unique().tolist() for time in seen.times[:-1]] == [[t] for t in told[:-1]]
+    assert sorted(seen.times[-1].tolist()) == sorted(told * 2)
+    assert seen.with_graph == [False, False, False, True] and prediction.x0.requires_grad
 
 
 def test_a_one_step_student_is_asked_once_at_the_noise_end():
@@ -239,12 +247,27 @@ def test_simulation_walks_as_the_student_is_deployed(name, target):
     for step in STEPS.values():
         seen = Counted()
         student = denoiser(Gaussian([0.1, 0.2], [0.5, 0.7]), schedule, target, seen)
-        rng = next(stream(0, 0, i, 0) for i in range(99) if stream(0, 0, i, 0).shared.integer(2) == 1)
+        rng = stream(0, 0, 0, 0)
         simulate(game(student, None, grid=(1.0, 0.5), step=step), BATCH, Counting(rng))
         again = Counting(type(rng)(rng.key))
         noise = schedule.prior(again.normal(BATCH.shape))
-        first = student(noise, torch.ones(6, dtype=torch.float64), NOTHING)
-        torch.testing.assert_close(seen.inputs[1], step(schedule, first, times(*[0.5] * 6), again))
+        walked = seen.times[1] != seen.times[0][0]
+        first = student(noise[walked], torch.ones(3, dtype=torch.float64), NOTHING)
+        torch.testing.assert_close(seen.inputs[1][walked], step(schedule, first, times(*[0.5] * 3), again))
+
+
+def test_each_sample_walks_under_its_own_condition():
+    n, seen = 6, []
+
+    def call(net, x, time, cond):
+        seen.append(cond.tensors["label"])
+        return net(x, time, cond)
+
+    student = denoiser(Gaussian([0.1, 0.2], [0.5, 0.7]), SCHEDULES["flow"], "flow", call)
+    labels = torch.arange(n)
+    simulate(game(student, None, grid=uniform_grid(3)), Batch(Cond({"label": labels}), (n, 2)), stream(0, 0, 0, 0))
+    assert [len(label) for label in seen] == [4, 2, 6] and seen[-1].tolist() == labels.tolist()
+    assert all(label[: len(label) // 2].tolist() == (label[len(label) // 2 :] - 3).tolist() for label in seen)
 
 
 class Counting:
@@ -284,16 +307,13 @@ def test_the_students_sample_is_handed_on_with_its_graph():
 @teachers
 def test_the_exact_student_is_at_rest_at_every_step(name, target):
     """T17: with the critic at the student's law, which is the teacher's, the gradient is zero wherever simulation stops."""
-    schedule, asked, steps = SCHEDULES[name], Counted(), set()
+    schedule = SCHEDULES[name]
     nets = game(
-        denoiser(Gaussian([0.3, -1.0], [0.5, 2.0], endpoint), schedule, target, asked),
+        denoiser(Gaussian([0.3, -1.0], [0.5, 2.0], endpoint), schedule, target),
         gaussian([0.3, -1.0], [0.5, 2.0], schedule, target),
         gaussian([0.3, -1.0], [0.5, 2.0], schedule, target),
         grid=uniform_grid(3),
     )
     for round_ in range(8):
-        asked.inputs.clear()
         DMD(steps=3).student_loss(nets, BATCH, stream(0, 0, round_, 0)).total.backward()
-        steps.add(len(asked.inputs))
-    assert steps == {1, 2, 3}
     assert all((p.grad == 0).all() for p in nets.student.net.parameters())

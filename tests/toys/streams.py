@@ -107,7 +107,8 @@ class Joined:
         return self._joined(lambda s, n: s.integers(high, n), n)
 
     def _joined(self, draw: Callable[[Stream, int], Tensor], n: int) -> Tensor:
-        parts = [draw(s, n // len(self.streams)).unflatten(0, (-1, self.n)) for s in self.streams]
+        each = n // len(self.streams)
+        parts = [draw(s, each).unflatten(0, (-1, min(self.n, each))) for s in self.streams]
         return torch.cat(parts, 1).flatten(0, 1)
 
 
