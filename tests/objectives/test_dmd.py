@@ -208,11 +208,11 @@ def test_a_batch_is_shared_out_over_the_steps_alike_on_all_processes(name, targe
     clock = SCHEDULES[name].model_time(times(*uniform_grid(4))).tolist()
     for round_ in range(200 if n < 4 else 24):
         made = []
-        for rank in range(2 if n > 1 else 1):
+        for rank in range(3):
             nets, seen = recorded(uniform_grid(4), name, target)
             simulate(nets, Batch(NOTHING, (n, 2)), stream(0, rank, round_, 5))
             made.append([(len(x), time.tolist()) for x, time in zip(seen.inputs, seen.times, strict=True)])
-        assert made[0] == made[-1]
+        assert made[0] == made[1] == made[2]
         _, last = made[0][-1]
         here = torch.tensor([last.count(pytest.approx(t, rel=1e-6)) for t in clock])
         assert here.sum() == n and least <= here.min() and here.max() <= most
@@ -307,13 +307,14 @@ def test_the_students_sample_is_handed_on_with_its_graph():
 @teachers
 def test_the_exact_student_is_at_rest_at_every_step(name, target):
     """T17: with the critic at the student's law, which is the teacher's, the gradient is zero wherever simulation stops."""
-    schedule = SCHEDULES[name]
+    schedule, asked = SCHEDULES[name], Counted()
     nets = game(
-        denoiser(Gaussian([0.3, -1.0], [0.5, 2.0], endpoint), schedule, target),
+        denoiser(Gaussian([0.3, -1.0], [0.5, 2.0], endpoint), schedule, target, asked),
         gaussian([0.3, -1.0], [0.5, 2.0], schedule, target),
         gaussian([0.3, -1.0], [0.5, 2.0], schedule, target),
         grid=uniform_grid(3),
     )
     for round_ in range(8):
         DMD(steps=3).student_loss(nets, BATCH, stream(0, 0, round_, 0)).total.backward()
+        assert len(asked.times[-1].unique()) == 3
     assert all((p.grad == 0).all() for p in nets.student.net.parameters())
