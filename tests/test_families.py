@@ -13,6 +13,7 @@ from fewstep import proof
 from fewstep.adapters import load_teacher
 from fewstep.export import export
 from fewstep.families import FAMILIES, family_of
+from fewstep.families.attention import instruction
 from fewstep.families.padding import masked, unpadded
 from fewstep.networks import Lora, build, gather
 
@@ -178,6 +179,21 @@ def test_padding_that_no_prompt_of_a_batch_needs_is_left_out_and_missed_by_nobod
         padded = {"encoder_hidden_states": words, "encoder_attention_mask": torch.zeros(words.shape[:2]).to(mask)}
         padded["encoder_attention_mask"][:, :longest] = mask
         torch.testing.assert_close(teacher.net(*args, **kwargs)[0], teacher.net(*args, **kwargs | padded)[0])
+
+
+def test_sana_reads_no_more_than_the_longest_prompt_of_a_batch_and_says_the_same(teachers):
+    teacher, prompts, read = teachers["sana"], ["A cat ", "a red cat", "cat " * 200], []
+    whole, mask = teacher.pipe.encode_prompt(prompts, False, complex_human_instruction=instruction(type(teacher.pipe)))[:2]
+    hook = teacher.pipe.text_encoder.register_forward_pre_hook(lambda net, args: read.append(args[0].shape[1]))
+    found, short = teacher.encode(prompts).tensors, teacher.encode(prompts[:2]).tensors
+    hook.remove()
+    assert read[0] - read[1] == 300 - 2 - len("a red cat")  # a token a letter, one at the sentence's beginning
+    assert found["prompt"].shape == whole.shape and short["prompt"].shape == whole[:2].shape
+    for i, n in enumerate(mask.sum(1).tolist()):
+        assert n == found["length"][i]
+        torch.testing.assert_close(found["prompt"][i, :n], whole[i, :n])
+        if i < 2:
+            torch.testing.assert_close(short["prompt"][i, :n], whole[i, :n])
 
 
 def test_all_padding_is_left_where_a_prompt_has_no_token_of_its_own():

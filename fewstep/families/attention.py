@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.denoiser import Cond
@@ -23,6 +24,7 @@ from fewstep.families.base import (
 from fewstep.families.padding import masked, unpadded
 
 _ATTENTION: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+_TEXT = 300  # tokens of Sana's prompts
 _AS_ASKED = {"use_resolution_binning": False}  # else the pipeline draws at a size of its own choice and resizes
 
 
@@ -72,14 +74,25 @@ def _sana_call(net: Any, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return net(x, encoder_hidden_states=words, encoder_attention_mask=mask, timestep=time, return_dict=False)[0]
 
 
-def _instruction(pipe: Any) -> list[str]:
-    """What SanaPipeline puts before every prompt, and before no negative one."""
-    return inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+def instruction(kind: type) -> list[str]:
+    """What a SanaPipeline (a class) puts before every prompt, and before no negative one."""
+    return inspect.signature(kind.__call__).parameters["complex_human_instruction"].default
 
 
 def _sana_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
-    found = pipe.encode_prompt(prompts, False, device=pipe.device, complex_human_instruction=_instruction(pipe))
-    return masked(*found[:2])
+    opening = instruction(type(pipe))
+    length = _longest(pipe, prompts, "\n".join(opening))
+    options = {"max_sequence_length": length, "complex_human_instruction": opening, "device": pipe.device}
+    words, mask = pipe.encode_prompt(prompts, False, **options)[:2]
+    return masked(F.pad(words, (0, 0, 0, _TEXT - length)), F.pad(mask, (0, _TEXT - length)))
+
+
+def _longest(pipe: Any, prompts: list[str], opening: str) -> int:
+    """To how many tokens these prompts are padded before they are read: the longest's, at most the pipeline's 300.
+
+    A causal reader's tokens do not hear of the padding after them, and most of what it would read is padding."""
+    read = pipe.tokenizer([opening, *(opening + prompt for prompt in pipe._text_preprocessing(prompts))]).input_ids
+    return min(_TEXT, max(map(len, read)) - len(read[0]) + 2)  # the pipeline takes two off
 
 
 def _sana_null(pipe: Any, setting: Setting) -> Cond:
