@@ -17,6 +17,7 @@ from fewstep.evaluation.protocol import Protocol, load_prompts, load_protocol
 from fewstep.evaluation.reference import reference_images
 from fewstep.judging import evaluate, table
 from fewstep.zoo import folder, home
+from fewstep.zoo import guidance as meant_for
 from fewstep.zoo.reading import accuracy
 
 STEPS = [50, 8, 4, 2, 1]
@@ -24,6 +25,7 @@ ABOUT = {
     "sprites-sd": "Small Stable Diffusion: AutoencoderKL (8x), CLIP text encoder, epsilon-predicting UNet on 8x8x8 latents.",
     "sprites-flow": "A flow-matching transformer (ZImagePipeline) with a Qwen3 text encoder, on 16x16x4 latents.",
     "clouds-sd": "Small Stable Diffusion: AutoencoderKL (4x), CLIP text encoder, v-predicting UNet on 16x16x4 latents, cosine.",
+    "clouds-flow": "A flow-matching transformer (SanaPipeline) with a Gemma2 text encoder, which learnt clouds-sd's velocity.",
 }
 
 
@@ -68,16 +70,19 @@ def card(name: str, guidance: float, found: dict, ceilings: dict[str, float]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=sorted(ABOUT))
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, help="if not given, what its card says")
     parser.add_argument("--protocol", help="if not given, that of the teacher's world")
     args = parser.parse_args()
     torch.set_num_threads(1)
     place = folder(args.name)
-    (place / "card.json").write_text(json.dumps({"guidance": args.guidance}) + "\n")
+    scale = args.guidance if args.guidance is not None else meant_for(args.name)
+    if scale is None:
+        parser.error(f"zoo:{args.name} has no card yet; say at which --guidance it is meant to be drawn")
+    (place / "card.json").write_text(json.dumps({"guidance": scale}) + "\n")
     protocol = args.protocol or home(args.name)
     found, _ = evaluate(f"zoo:{args.name}", protocol, out=place / "results.json", steps=STEPS, fresh=True, teacher=True)
     ceilings = reading_scores(args.name, load_protocol(protocol))
-    (place / "README.md").write_text(card(args.name, args.guidance, found, ceilings))
+    (place / "README.md").write_text(card(args.name, scale, found, ceilings))
     results.read(place / "results.json")
     print(table(found))
 

@@ -221,7 +221,7 @@ def push(
 def eval_(
     target: Path,
     protocol: Annotated[
-        str, typer.Option(help="inception (beside your own images), sprites, sprites-quick, or a YAML file.")
+        str, typer.Option(help="inception (beside your own images), sprites, sprites-quick, clouds, or a YAML file.")
     ] = "inception",
     reference: Annotated[str | None, typer.Option(metavar="FOLDER", help="Images to compare with, over the protocol's.")] = None,
     prompts: Annotated[

@@ -82,7 +82,9 @@ MAY_IMPORT = {
     # the embedded world is free of the framework; the programs that made its teachers are not
     "zoo": DENOISER | PARTS | {"progress"},
     "zoo.teachers": DENOISER | PARTS | {"zoo", "families"},
-    "zoo.build": DENOISER | PARTS | SIDE_DOORS | {"zoo", "zoo.teachers", "evaluation", "swap"},
+    "zoo.sana": DENOISER | PARTS | {"zoo", "zoo.teachers", "families"},
+    "zoo.recipes": {"zoo.teachers", "zoo.sana"},
+    "zoo.build": DENOISER | PARTS | SIDE_DOORS | {"zoo", "zoo.teachers", "zoo.sana", "zoo.recipes", "evaluation", "swap"},
     "pixels": {"denoiser", "evaluation", "heads", "networks"},
     "weighting": {"embedders", "networks"},
     # where all is joined

@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent / "models"
 WORLDS = ("sprites", "clouds")
-TEACHERS = ("sprites-sd", "sprites-flow", "clouds-sd")
+TEACHERS = ("sprites-sd", "sprites-flow", "clouds-sd", "clouds-flow")
 JUDGES = tuple(f"{world}-clip" for world in WORLDS)
 NAMES = (*TEACHERS, *JUDGES)
 SOURCES = {f"zoo:{world}": world for world in WORLDS}  # where prompts and images may come from

@@ -1,7 +1,8 @@
-"""Makes the zoo from nothing: `python -m fewstep.zoo.build [STAGE ...] [--work DIR]`, seeded, resumable, about nine CPU-hours.
+"""Makes the zoo from nothing: `python -m fewstep.zoo.build [STAGE ...] [--work DIR]`, seeded, resumable, about twelve CPU-hours.
 
-Stages, each of which continues where it was stopped: sprites-clip, clouds-clip, sprites-sd, sprites-flow, clouds-sd, and ship,
-which replaces what the package holds of the others named. What lives in clouds starts from what is shipped of sprites.
+Stages, each of which continues where it was stopped: sprites-clip, clouds-clip, sprites-sd, sprites-flow, clouds-sd, clouds-flow,
+and ship, which replaces what the package holds of the others named. clouds-sd starts from what is shipped of sprites, and
+teaches clouds-flow.
 """
 
 from __future__ import annotations
@@ -14,20 +15,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep import swap
-from fewstep.zoo import HERE, JUDGES, home, teachers
+from fewstep.denoiser import Guided
+from fewstep.matched import Matched
+from fewstep.schedules import RectifiedFlow
+from fewstep.zoo import HERE, JUDGES, home
 from fewstep.zoo import clip as clips
 from fewstep.zoo import vae as vaes
 from fewstep.zoo.grammar import Pupil
+from fewstep.zoo.recipes import TEACHERS
+from fewstep.zoo.sana import Tutor
 from fewstep.zoo.sprites import caption, draw, scenes
+from fewstep.zoo.teachers import DROPOUT, TEXT_WIDTH
 from fewstep.zoo.training import train
 
 POOL_SEEDS, POOL_CHUNK = tuple(range(1000, 1015)), 4000  # 60,000 drawings
 VAE_STEPS, VAE_BATCH, VAE_LR = {8: 9000, 4: 3000}, 16, 2e-3
 VAE_STEPS_MORE, VAE_LR_MORE = 2000, 1e-3  # of an autoencoder that starts as another world's
+IMITATION_STEPS = 5000
 CLIP_STEPS, CLIP_BATCH = 1000, 256
 TEACHER_BATCH = 64
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 800, 128, 2e-3
@@ -74,9 +83,36 @@ def build_vae(place: Path, factor: int, begun: str | None):
     return vae.requires_grad_(False).eval()
 
 
-def latents(place: Path, vae, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior mean and deviation of the pool, (60000, C, 64 / factor, 64 / factor) each."""
-    file = place / f"latents{factor}.safetensors"
+def imitate(place: Path, factor: int, of: str) -> tuple[AutoencoderDC, torch.Tensor, torch.Tensor]:
+    """A deterministic autoencoder whose latents are those of another teacher's, and these, as of `latents`."""
+    torch.manual_seed(0)
+    images, vae = pool(place), vaes.make_deterministic(factor)
+    model = vaes.make(factor)
+    begin_as(of, "vae", model)
+    mean, std = latents(place, model.requires_grad_(False).eval(), f"-{of}")
+
+    def loss(step: int, rng: torch.Generator) -> torch.Tensor:
+        rows = torch.randint(len(images), (VAE_BATCH,), generator=rng)
+        return vaes.imitation_loss(vae, images[rows.numpy()], mean[rows], std[rows], rng)
+
+    train(f"imitation{factor}", vae, loss, folder=place, steps=IMITATION_STEPS, lr=VAE_LR, average=0.998)
+    return vae.requires_grad_(False).eval(), mean, std
+
+
+def tutor(name: str, guidance: float, captions: list[str]) -> Tutor:
+    """A shipped teacher as one who teaches another what velocity belongs to these captions."""
+    recipe = TEACHERS[name]
+    pipe = recipe.make(vaes.make(recipe.factor), **recipe.noise)
+    for part in ("unet", "text_encoder"):
+        begin_as(name, part, getattr(pipe, part))
+    teacher = recipe.trainee(pipe, captions).requires_grad_(False).eval()
+    null = teacher.cond(torch.zeros(1, dtype=torch.long))
+    return Tutor(teacher, Matched(Guided(teacher.denoiser, guidance, null), RectifiedFlow()))
+
+
+def latents(place: Path, vae, key: int | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posterior mean and deviation of the pool, (60000, C, h, w) each, as an autoencoder that `key` stands for has them."""
+    file = place / f"latents{key}.safetensors"
     if not file.exists():
         images = pool(place)
         parts = [vaes.encode(vae, images[i : i + 2000]) for i in range(0, len(images), 2000)]
@@ -89,18 +125,24 @@ def latents(place: Path, vae, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def build_teacher(name: str, place: Path):
     """A trained pipeline of the zoo on the latents of the pool."""
-    recipe = teachers.TEACHERS[name]
-    vae = build_vae(place, recipe.factor, recipe.begun.get("vae"))
-    mean, std = latents(place, vae, recipe.factor)
+    recipe = TEACHERS[name]
+    captions = pool_captions(home(name))
+    vae: Any
+    if recipe.tutor:
+        vae, mean, std = imitate(place, recipe.factor, recipe.tutor[0])
+    else:
+        vae = build_vae(place, recipe.factor, recipe.begun.get("vae"))
+        mean, std = latents(place, vae, recipe.factor)
     torch.manual_seed(1)
     pipe = recipe.make(vae, **recipe.noise)
     for part, of in recipe.begun.items():
         if part != "vae":
             begin_as(of, part, getattr(pipe, part))
-    module: Any = recipe.trainee(pipe, pool_captions(home(name)))
+    taught = [tutor(*recipe.tutor, captions)] if recipe.tutor else []
+    module: Any = recipe.trainee(pipe, captions, *taught)
 
     if "text_encoder" not in recipe.begun:
-        pupil = Pupil(module.text, teachers.TEXT_WIDTH, module.asked)
+        pupil = Pupil(module.text, TEXT_WIDTH, module.asked)
 
         def reading(step: int, rng: torch.Generator) -> torch.Tensor:
             rows = 1 + torch.randint(len(mean), (TEXT_BATCH,), generator=rng)
@@ -112,7 +154,7 @@ def build_teacher(name: str, place: Path):
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:
         at = torch.randint(len(mean), (TEACHER_BATCH,), generator=rng)
         x0 = mean[at] + std[at] * torch.randn(mean[at].shape, generator=rng)
-        kept = torch.rand(TEACHER_BATCH, generator=rng) >= teachers.DROPOUT
+        kept = torch.rand(TEACHER_BATCH, generator=rng) >= DROPOUT
         # Fused attention on the CPU is slow backwards in bfloat16: six tenths of a step.
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16), sdpa_kernel(SDPBackend.MATH):
             return module.loss(x0, (at + 1) * kept, rng)
@@ -134,7 +176,7 @@ def ship(pipe, name: str) -> None:
     print(f"{name} is shipped; `python eval/zoo_cards.py {name}` measures its card anew", flush=True)
 
 
-STAGES = [*JUDGES, *teachers.TEACHERS, "ship"]
+STAGES = [*JUDGES, *TEACHERS, "ship"]
 
 
 def main() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -149,7 +147,7 @@ def weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 def asked(tokenizer: Any, captions: list[str], tokens: Tensor) -> Tensor:
     """What a reader of each caption (and of the empty one, first) should know at each token: int8 (N + 1, L, questions)."""
-    words = [w.removesuffix("</w>").removeprefix("Ġ") for w in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    words = [w.removesuffix("</w>").lstrip("Ġ\u2581") for w in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     rows = zip(["", *captions], tokens.tolist(), strict=True)
     return torch.tensor([answers(text, [words[i] for i in row]) for text, row in rows], dtype=torch.int8)
 
@@ -182,41 +180,3 @@ class ZImage(nn.Module):
         eps = torch.randn(x0.shape, generator=rng)
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x0, eps, t), t, self.cond(rows))
         return F.mse_loss(prediction.velocity, eps - x0)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a teacher is made: its untrained pipeline, what is trained of it, by what its autoencoder divides sides, for how many
-    steps, at which learning rate, and whether in bfloat16.
-
-    begun: parts that start as those of another teacher of the zoo; a text encoder that does stays as it is. noise: settings of
-    its scheduler."""
-
-    make: Callable[..., Any]
-    trainee: Callable[[Any, list[str]], Any]
-    factor: int
-    steps: int
-    lr: float = 2e-3
-    bf16: bool = False
-    begun: Mapping[str, str] = field(default_factory=dict)
-    noise: Mapping[str, Any] = field(default_factory=dict)
-
-
-# Stable Diffusion's schedule is for 64x64 latents: 16x16 of them are decided at a quarter of the noise, and four of its steps are
-# nearly as good as fifty. So clouds-sd has the cosine schedule (Nichol and Dhariwal 2021, section 3.2), made for small pictures.
-# What is shipped of it was trained in three legs: 5,000 steps with epsilon and Stable Diffusion's schedule, which taught it
-# shapes, then 3,600 and 10,000 as below; that as many of one kind do as well was not tried.
-TEACHERS = {
-    "sprites-sd": Recipe(stable_diffusion, StableDiffusion, 8, 12000),
-    "sprites-flow": Recipe(z_image, ZImage, 4, 11000),
-    "clouds-sd": Recipe(
-        stable_diffusion,
-        StableDiffusion,
-        4,
-        18600,
-        1.5e-3,
-        bf16=True,
-        begun={"vae": "sprites-flow", "text_encoder": "sprites-sd"},
-        noise={"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
-    ),
-}

@@ -1,10 +1,10 @@
-"""The zoo's autoencoders: stock AutoencoderKLs, 64x64 RGB to 8x8x8 latents for a UNet, to 16x16x4 for a transformer."""
+"""The zoo's autoencoders: stock AutoencoderKLs, 64x64 RGB to 8x8x8 or 16x16x4 latents, and a deterministic AutoencoderDC."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 
 # A linear code of 8x8 patches loses 4.8 % of the drawings' variance with four channels, 2.8 % with eight: four lost textures. The
 # transformer cuts its latents into patches of 2x2: 8x8 of them are 16 tokens, which drew neither shapes nor relations.
@@ -29,28 +29,59 @@ def make(factor: int) -> AutoencoderKL:
     )
 
 
+def make_deterministic(factor: int) -> AutoencoderDC:
+    """An untrained AutoencoderDC (0.3 M parameters at 4) that divides sides by factor, as a SanaPipeline wants."""
+    blocks = BLOCKS[factor]
+    return AutoencoderDC(
+        latent_channels=CHANNELS[factor],
+        encoder_block_out_channels=blocks,
+        decoder_block_out_channels=blocks,
+        encoder_layers_per_block=(1,) * len(blocks),
+        decoder_layers_per_block=(2,) * len(blocks),
+        encoder_qkv_multiscales=((),) * len(blocks),
+        decoder_qkv_multiscales=((),) * len(blocks),
+        upsample_block_type="interpolate",
+        scaling_factor=1.0,
+    )
+
+
 def pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 (n, 64, 64, 3) to float (n, 3, 64, 64) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def reconstruction_loss(vae: AutoencoderKL, images: np.ndarray, rng: torch.Generator, *, kl: float = 2e-4) -> torch.Tensor:
-    """L1 that counts paint six times as much as background, plus a small pull of the posterior to N(0, 1).
-
-    Sprites cover an eighth of a picture: with a flat weight the decoder first learns backgrounds and loses small shapes, and
-    colours whose luminance is near the background's (the first prototype's fault)."""
+    """Twice the `_gap` of what the posterior's samples are decoded to, plus a small pull of the posterior to N(0, 1)."""
     x = pixels(images)
-    chroma = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
-    weight = 1 + 5 * torch.nn.functional.max_pool2d((chroma > 0.3).float(), 3, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         moments = vae.quant_conv(vae.encoder(x)).float()
         mean, logvar = moments.chunk(2, 1)
         logvar = logvar.clamp(-20, 10)
         z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=rng)
         y = vae.decode(z).sample.float()
-    gap = (y - x).abs()
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return (weight * gap).mean() / weight.mean() * 2 + kl * divergence
+    return 2 * _gap(y, x) + kl * divergence
+
+
+def imitation_loss(
+    vae: AutoencoderDC, images: np.ndarray, mean: torch.Tensor, std: torch.Tensor, rng: torch.Generator
+) -> torch.Tensor:
+    """Of an encoder that should say `mean` (n, channels, h, w) for these images, and of a decoder of N(mean, std) to them."""
+    x = pixels(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = vae.encode(x).latent.float()
+        y = vae.decode(mean + std * torch.randn(mean.shape, generator=rng)).sample.float()
+    return 2 * _gap(y, x) + (z - mean).square().mean()
+
+
+def _gap(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """L1 that counts paint six times as much as background.
+
+    Sprites cover an eighth of a picture: with a flat weight the decoder first learns backgrounds and loses small shapes, and
+    colours whose luminance is near the background's (the first prototype's fault)."""
+    chroma = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+    weight = 1 + 5 * torch.nn.functional.max_pool2d((chroma > 0.3).float(), 3, 1, 1)
+    return (weight * (y - x).abs()).mean() / weight.mean()
 
 
 @torch.no_grad()

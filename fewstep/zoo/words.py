@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import string
 from itertools import pairwise
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer, Qwen2Tokenizer
+from transformers import CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer
 
 from fewstep.zoo.sprites import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, SKIES, TEXTURES
 
@@ -67,3 +68,14 @@ def qwen_tokenizer(max_length: int = 32) -> Qwen2Tokenizer:
     )
     tokenizer.chat_template = _CHAT
     return tokenizer
+
+
+def gemma_tokenizer(also: str = "") -> GemmaTokenizer:
+    """A Gemma tokenizer whose words, and those of the text `also`, are one token with or without a space before them."""
+    words = [*WORDS, *also.split(" ")]
+    merges = _merges([list(space + word) for space in ("", "\u2581") for word in words if word])
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    others = [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = sorted({*string.printable, "\u2581"})
+    vocabulary = _vocabulary([*specials, *others, *letters], merges, [])
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
