@@ -35,9 +35,9 @@ class Recipe:
 # What is shipped of it was trained in three legs: 5,000 steps with epsilon and Stable Diffusion's schedule, which taught it
 # shapes, then 3,600 and 10,000 as below; that as many of one kind do as well was not tried.
 # A shift of 0.5 does so for a flow (Esser et al. 2024, eq. 23: the root of the ratio of pixels to 32x32, where SD3 began).
-# clouds-flow's velocities were made by another process meanwhile, the last 200,000 of them at hand, those of its first 5,200 steps
-# under guidance 1.25; after 9,000 of what were to be 13,000 its rate began to fall to nothing at 11,500. From pictures alone
-# another like it had FD 88 in 25 steps (500 samples) after 16,000 steps, this one 90 after 5,000 at the full rate.
+# clouds-flow's velocities were made by another process meanwhile, the last 200,000 of them at hand, those of its first 5,200
+# steps under guidance 1.25; after 9,000 of what were to be 13,000 its rate began to fall to nothing at 11,500. Another like
+# it that learnt from pictures alone had FD 88 in 25 steps (500 samples) after 16,000 steps, this one 90 after 5,000 at full rate.
 TEACHERS = {
     "sprites-sd": Recipe(stable_diffusion, StableDiffusion, 8, 12000),
     "sprites-flow": Recipe(z_image, ZImage, 4, 11000),
