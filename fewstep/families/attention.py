@@ -84,6 +84,7 @@ def _sana_encode(pipe: Any, prompts: list[str], setting: Setting) -> Cond:
     length = _longest(pipe, prompts, "\n".join(opening))
     options = {"max_sequence_length": length, "complex_human_instruction": opening, "device": pipe.device}
     words, mask = pipe.encode_prompt(prompts, False, **options)[:2]
+    words = words * mask[..., None]  # what is padded to depends on the batch, and is heard by nobody
     return masked(F.pad(words, (0, 0, 0, _TEXT - length)), F.pad(mask, (0, _TEXT - length)))
 
 
