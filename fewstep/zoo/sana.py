@@ -113,8 +113,8 @@ class Sana(nn.Module):
 
 
 class Tutor:
-    """Another teacher of the zoo, on the same latents, as a flow: its velocity is what the data's is on average, without the
-    noise of single pictures."""
+    """Another teacher of the zoo, on the same latents, as a flow: under guidance 1 it says the mean of what the pictures that may
+    be behind an x_t say, without their noise."""
 
     def __init__(self, teacher: Any, matched: Matched) -> None:
         self.teacher, self.matched = teacher, matched
