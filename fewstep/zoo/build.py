@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep import swap
-from fewstep.denoiser import Guided
+from fewstep.adapters import load_teacher
 from fewstep.matched import Matched
 from fewstep.schedules import RectifiedFlow
 from fewstep.zoo import HERE, JUDGES, home
@@ -87,9 +87,7 @@ def imitate(place: Path, factor: int, of: str) -> tuple[AutoencoderDC, torch.Ten
     """A deterministic autoencoder whose latents are those of another teacher's, and these, as of `latents`."""
     torch.manual_seed(0)
     images, vae = pool(place), vaes.make_deterministic(factor)
-    model = vaes.make(factor)
-    begin_as(of, "vae", model)
-    mean, std = latents(place, model.requires_grad_(False).eval(), f"-{of}")
+    mean, std = latents(place, load_teacher(f"zoo:{of}").pipe.vae, f"-{of}")
 
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(images), (VAE_BATCH,), generator=rng)
@@ -101,13 +99,9 @@ def imitate(place: Path, factor: int, of: str) -> tuple[AutoencoderDC, torch.Ten
 
 def tutor(name: str, guidance: float, captions: list[str]) -> Tutor:
     """A shipped teacher as one who teaches another what velocity belongs to these captions."""
-    recipe = TEACHERS[name]
-    pipe = recipe.make(vaes.make(recipe.factor), **recipe.noise)
-    for part in ("unet", "text_encoder"):
-        begin_as(name, part, getattr(pipe, part))
-    teacher = recipe.trainee(pipe, captions).requires_grad_(False).eval()
-    null = teacher.cond(torch.zeros(1, dtype=torch.long))
-    return Tutor(teacher, Matched(Guided(teacher.denoiser, guidance, null), RectifiedFlow()))
+    teacher = load_teacher(f"zoo:{name}")
+    reader = TEACHERS[name].trainee(teacher.pipe, captions).requires_grad_(False).eval()
+    return Tutor(reader, Matched(teacher.guided(teacher.net, guidance), RectifiedFlow()))
 
 
 def latents(place: Path, vae, key: int | str) -> tuple[torch.Tensor, torch.Tensor]:

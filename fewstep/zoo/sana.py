@@ -114,10 +114,12 @@ class Sana(nn.Module):
 
 class Tutor:
     """Another teacher of the zoo, on the same latents, as a flow: under guidance 1 it says the mean of what the pictures that may
-    be behind an x_t say, without their noise."""
+    be behind an x_t say, without their noise.
 
-    def __init__(self, teacher: Any, matched: Matched) -> None:
-        self.teacher, self.matched = teacher, matched
+    reader: whose `cond` says what the teacher is told of a caption's number. matched: the teacher on the straight path."""
+
+    def __init__(self, reader: Any, matched: Matched) -> None:
+        self.reader, self.matched = reader, matched
 
     def within(self, t: Tensor) -> Tensor:
         """t (B,) in [0, 1], moved to between the first and last time that the teacher was asked at."""
@@ -126,4 +128,4 @@ class Tutor:
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         """The velocity (B, C, H, W) at x_t and t (B,) for the captions with these numbers."""
-        return self.matched(x_t, t, self.teacher.cond(rows)).velocity
+        return self.matched(x_t, t, self.reader.cond(rows)).velocity

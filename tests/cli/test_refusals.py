@@ -48,7 +48,8 @@ def test_a_teacher_that_is_not_there(refused, config, tmp_path):
     said = "the configs of models/nowhere are not in the Hugging Face cache .*; check the id and the network"
     refused(said, "plan", config(teacher={"path": "models/nowhere"}))
     refused(
-        "the zoo has no 'sprites-xl'; its teachers are zoo:sprites-sd, zoo:sprites-flow, zoo:clouds-sd, zoo:clouds-flow;",
+        "the zoo has no 'sprites-xl'; its teachers are zoo:sprites-sd, zoo:sprites-flow, zoo:clouds-sd, zoo:clouds-flow; "
+        "pictures are judged",
         "train",
         config(teacher={"path": "zoo:sprites-xl"}),
     )

@@ -65,8 +65,7 @@ def test_a_tutor_says_the_guided_velocity_of_its_teacher():
     teacher = load_teacher("zoo:clouds-sd")
     cond, null = teacher.encode([CAPTIONS[0], "", CAPTIONS[1]]), teacher.encode([""] * 3)
     denoiser = teacher.denoiser(teacher.net)
-    angle = torch.atan2(t, 1 - t)  # the path of constant variance
-    level = teacher.schedule.t_of_ratio(angle.tan())
+    level = teacher.schedule.t_of_ratio(t / (1 - t))  # on the path of constant variance
     said, unsaid = (denoiser(x / (t**2 + (1 - t) ** 2).sqrt()[:, None, None, None], level, c) for c in (cond, null))
     velocity = unsaid.velocity + guidance * (said.velocity - unsaid.velocity)
     tutor = build.tutor("clouds-sd", guidance, CAPTIONS)
@@ -76,7 +75,7 @@ def test_a_tutor_says_the_guided_velocity_of_its_teacher():
 
 
 @torch.no_grad()
-def test_one_who_is_taught_is_at_rest_where_it_says_what_its_tutor_does(monkeypatch):
+def test_one_who_is_taught_is_at_rest_where_it_says_what_its_tutor_does():
     trainee = recipes.TEACHERS["clouds-flow"].trainee(untrained("clouds-flow"), CAPTIONS, build.tutor("clouds-sd", 1.5, CAPTIONS))
     x0, rows = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 1])
     asked = []
