@@ -1,9 +1,9 @@
 """Trains and judges configs over several seeds: `python eval/distill.py CONFIG ... [--seeds 0 1 2] [--protocol NAME]`.
 
-Writes eval/results/NAME.json: the rows of every seed (teacher rows once), and NAME.summary.json: teacher, training seconds
-(on the wall, and of processors), peak memory, passes a round, for each step count the mean, the standard deviation and the worst
-of the student's Frechet distance, and the config's settings. Runs lie in runs/NAME-seedN and are resumed, not repeated. Then
-`python eval/leaderboard.py` renders what is there.
+Writes eval/results/NAME.json: the rows of every seed (teacher rows once; --teacher takes them from another config's results),
+and NAME.summary.json: teacher, training seconds (on the wall, and of processors), peak memory, passes a round, for each step
+count the mean, the standard deviation and the worst of the student's Frechet distance, and the config's settings. Runs lie in
+runs/NAME-seedN and are resumed, not repeated. Then `python eval/leaderboard.py` renders what is there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from fewstep import api
 from fewstep.config import TeacherConfig, load
 from fewstep.evaluation import results
+from fewstep.evaluation.protocol import load_protocol
 from fewstep.judging import evaluate, table
 from fewstep.stages import traces
 from fewstep.zoo import home
@@ -87,6 +88,18 @@ def named(teacher: TeacherConfig) -> str:
     return teacher.path if teacher.guidance is None else f"{teacher.path} w={teacher.guidance:g}"
 
 
+def teacher_rows(place: Path, settings: TeacherConfig, protocol: str) -> list[dict[str, Any]]:
+    """The teacher's rows in the results of another config. Raises ValueError where another teacher or protocol was measured."""
+    known = json.loads(place.read_text(encoding="utf-8"))
+    whose = json.loads(place.with_suffix(".summary.json").read_text(encoding="utf-8"))["teacher"]
+    if (whose, known["protocol"]["hash"]) != (named(settings), load_protocol(protocol).hash):
+        raise ValueError(
+            f"{place} measured {whose} by the protocol {known['protocol']['name']}, not {named(settings)} by {protocol} as it is "
+            "now; leave --teacher out, to measure it"
+        )
+    return [row for row in known["rows"] if row["model"] == "teacher"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", nargs="+", type=Path)
@@ -94,14 +107,16 @@ def main() -> None:
     parser.add_argument("--protocol", help="if not given, that of the teacher's world in the zoo")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
+    parser.add_argument("--teacher", type=Path, help="results of a config with the same teacher, to take its rows from")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for config in args.configs:
         settings = load(config)
-        rows: list[dict[str, Any]] = []
+        protocol = args.protocol or home(settings.teacher.path)
+        rows = teacher_rows(args.teacher, settings.teacher, protocol) if args.teacher else []
         logs: list[list[dict[str, Any]]] = []
         for seed in args.seeds:
-            found, log = distil(config, seed, args.protocol or home(settings.teacher.path), args.rounds, teacher=not logs)
+            found, log = distil(config, seed, protocol, args.rounds, teacher=not (logs or args.teacher))
             rows += [r for r in found["rows"] if r["model"] == "teacher"]
             rows += [{**r, "seed": seed} for r in found["rows"] if r["model"] == "student"]
             logs.append(log)

@@ -119,6 +119,12 @@ def test_guidance_keeps_the_norms_that_its_pipeline_keeps(teachers):
         assert not torch.allclose(norm(torch.lerp(u.velocity, c.velocity, 50.0)), norm(c.velocity), rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_adapter_reaches_more_than_attention(teachers, name):
+    adapted = {key.rpartition(".lora")[0] for key in student(teachers[name], LORA)}
+    assert {"att" in layer for layer in adapted} == {True, False}, sorted(adapted)
+
+
 def test_a_part_of_a_pipeline_of_two_networks_is_refused_in_a_sentence(teachers):
     pipe = teachers["wan"].pipe
     assert FAMILIES["WanPipeline"].refuse(pipe) is FAMILIES["WanPipeline"].refuse(teachers["wan22"].pipe) is None

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.config import differences, load, parse
+from fewstep.config import TeacherConfig, differences, load, parse
+from fewstep.evaluation.protocol import load_protocol
 from fewstep.zoo import WORLDS
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -127,6 +128,19 @@ def test_teachers_stand_once_and_first_then_students_by_steps_and_distance(tmp_p
     (tmp_path / "bench.json").write_text('{"round_ms": 1}')
     found = [(row["method"], row["steps"]) for row in lines(leaderboard.render(tmp_path))]
     assert found == [("teacher", "50"), ("b", "1"), ("a", "2"), ("b", "2")]
+
+
+def test_a_teachers_rows_are_taken_from_another_config_where_it_is_the_same_and_refused_elsewhere(tmp_path):
+    rows = [{"model": "teacher", "steps": 2, "fd": 9.0}, student(3.0, 0)]
+    mine = TeacherConfig(path="zoo:clouds-flow", guidance=1.5)
+    place = tmp_path / "a.json"
+    written(tmp_path, "a", rows, teacher=distill.named(mine))
+    with pytest.raises(ValueError, match="not zoo:clouds-flow w=1.5 by sprites as it is now; leave --teacher out"):
+        distill.teacher_rows(place, mine, "sprites")
+    place.write_text(json.dumps({"rows": rows, "protocol": {"name": "sprites", "hash": load_protocol("sprites").hash}}))
+    assert distill.teacher_rows(place, mine, "sprites") == rows[:1]
+    with pytest.raises(ValueError, match="measured zoo:clouds-flow w=1.5 by .*, not zoo:clouds-flow w=1 by"):
+        distill.teacher_rows(place, TeacherConfig(path="zoo:clouds-flow", guidance=1.0), "sprites")
 
 
 def test_what_a_run_logged_becomes_its_costs():
